@@ -1,0 +1,8 @@
+//! Devices: PCI and PCIe root ports, the chipset, serial, RTC, virtio over PCI, virtio-net, -blk
+//! and -rng. No device knows the hypervisor: what it needs of it are the small traits of [`irq`].
+//!
+//! - [`bus`]: what a device on an I/O bus is, and the bus.
+//! - [`irq`]: interrupt lines, MSI vectors, doorbells; implemented by `vmm`.
+
+pub mod bus;
+pub mod irq;

@@ -1,0 +1,96 @@
+//! What guest RAM is made of: memfd, a file, or huge pages of either.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::{Error, Result};
+
+/// Where RAM comes from (QEMU's memory-backend-* objects).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BackingKind {
+    /// Anonymous memory of this process alone.
+    Anonymous,
+    /// A memfd, which other processes can map; `hugetlb` is the huge page size in bytes.
+    Memfd { hugetlb: Option<u64> },
+    /// A file, or a fresh unlinked file when the path is a directory (hugetlbfs mounts).
+    File { path: PathBuf },
+}
+
+/// RAM's backing: what, and whether writes are shared with other mappers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backing {
+    pub kind: BackingKind,
+    /// Map shared (vhost-user needs it) instead of private.
+    pub share: bool,
+    /// Touch every page at start, so that no later access can fail.
+    pub prealloc: bool,
+}
+
+impl Default for Backing {
+    /// A shareable memfd: what vhost-user and hand-over need, at no cost to anyone else.
+    fn default() -> Self {
+        Self { kind: BackingKind::Memfd { hugetlb: None }, share: true, prealloc: false }
+    }
+}
+
+/// Opens the object behind `backing`, `size` bytes long. `None` for anonymous memory.
+pub(crate) fn open(backing: &Backing, size: u64) -> Result<Option<Arc<File>>> {
+    let file = match &backing.kind {
+        BackingKind::Anonymous => return Ok(None),
+        BackingKind::Memfd { hugetlb } => memfd(*hugetlb)?,
+        BackingKind::File { path } => file(path)?,
+    };
+    let len = file.metadata().map(|m| m.len()).unwrap_or(0);
+    if len < size {
+        file.set_len(size).map_err(|source| Error::Host {
+            what: format!("cannot make the RAM's backing {size} bytes long"),
+            source,
+        })?;
+    }
+    Ok(Some(Arc::new(file)))
+}
+
+fn memfd(hugetlb: Option<u64>) -> Result<File> {
+    let mut flags = libc::MFD_CLOEXEC;
+    if let Some(size) = hugetlb {
+        if !size.is_power_of_two() {
+            return Err(Error::Layout(format!("huge page size {size} is not a power of two")));
+        }
+        flags |= libc::MFD_HUGETLB | (size.trailing_zeros() << libc::MFD_HUGE_SHIFT);
+    }
+    // SAFETY: the name is a valid C string; the kernel returns a new fd or -1.
+    let fd = unsafe { libc::memfd_create(c"tern-ram".as_ptr(), flags) };
+    if fd < 0 {
+        let source = std::io::Error::last_os_error();
+        return Err(Error::Host { what: "cannot create a memfd for RAM".into(), source });
+    }
+    // SAFETY: fd is new and owned by nobody else.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+fn file(path: &std::path::Path) -> Result<File> {
+    let host = |source| Error::Host { what: format!("memory file {}", path.display()), source };
+    let mut options = File::options();
+    options.read(true).write(true);
+    if !path.is_dir() {
+        return options.create(true).truncate(false).open(path).map_err(host);
+    }
+    let name = path.join(format!("tern-ram-{}", std::process::id()));
+    let file = options.create_new(true).open(&name).map_err(host)?;
+    std::fs::remove_file(&name).map_err(host)?;
+    Ok(file)
+}
+
+/// Page size in bytes of what lies behind `file`.
+pub(crate) fn page_size(file: &File) -> u64 {
+    const HUGETLBFS_MAGIC: i64 = 0x958458f6;
+    // SAFETY: statfs is plain data, for which all zeroes is valid.
+    let mut s: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: s outlives the call, which writes only into it.
+    if unsafe { libc::fstatfs(file.as_raw_fd(), &mut s) } == 0 && s.f_type == HUGETLBFS_MAGIC {
+        return s.f_bsize as u64;
+    }
+    crate::PAGE_SIZE
+}
