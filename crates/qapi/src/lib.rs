@@ -1,7 +1,15 @@
 //! QEMU's languages: QMP and HMP servers, events, the command line's option grammar.
 //!
+//! - [`cmdline`]: QEMU's command line into a [`spec::Machine`].
 //! - [`command`]: [`Commands`], what a monitor needs of the machine; implemented by `vmm`.
+//! - [`event`]: [`EventBus`], events to every client.
+//! - [`monitor`]: [`Monitor`], a QMP or HMP server on a chardev.
 
+pub mod cmdline;
 pub mod command;
+pub mod event;
+pub mod monitor;
 
 pub use command::{ClientFds, Commands, Error, ErrorClass};
+pub use event::EventBus;
+pub use monitor::Monitor;

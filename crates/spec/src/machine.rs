@@ -160,6 +160,8 @@ pub enum NetKind {
         bridge: Option<String>,
         /// In-kernel vhost-net.
         vhost: bool,
+        /// Open /dev/vhost-net fds, one a queue; empty: opened by the VMM.
+        vhostfds: Vec<i32>,
     },
 }
 
@@ -211,6 +213,29 @@ pub struct VirtioNet {
     pub packed: bool,
     /// MSI-X vectors; `None`: what the queues need.
     pub vectors: Option<u16>,
+    /// Offer VIRTIO_NET_F_MQ; the back end says how many queues there are.
+    pub mq: bool,
+    /// Feature properties that were given, by QEMU's name ("csum", "mrg_rxbuf", "guest_tso4",
+    /// "host_tso4", "event_idx", ...); what is not here is on where the back end can.
+    pub features: BTreeMap<String, bool>,
+    pub bootindex: Option<i32>,
+}
+
+impl Default for VirtioNet {
+    fn default() -> Self {
+        Self {
+            netdev: String::new(),
+            mac: [0x52, 0x54, 0x00, 0x12, 0x34, 0x56],
+            rx_queue_size: 256,
+            tx_queue_size: 256,
+            host_mtu: None,
+            packed: false,
+            vectors: None,
+            mq: false,
+            features: BTreeMap::new(),
+            bootindex: None,
+        }
+    }
 }
 
 /// virtio-blk-pci.
@@ -228,6 +253,22 @@ pub struct VirtioBlk {
     pub bootindex: Option<i32>,
     /// Another writer may have the image open.
     pub share_rw: bool,
+}
+
+impl Default for VirtioBlk {
+    fn default() -> Self {
+        Self {
+            drive: String::new(),
+            num_queues: 1,
+            queue_size: 256,
+            serial: String::new(),
+            read_only: false,
+            write_cache: true,
+            packed: false,
+            bootindex: None,
+            share_rw: false,
+        }
+    }
 }
 
 /// A character back end.
@@ -287,6 +328,8 @@ pub enum SocketAddress {
 pub struct Monitor {
     pub chardev: String,
     pub mode: MonitorMode,
+    /// QMP replies are indented over several lines.
+    pub pretty: bool,
 }
 
 /// `-mon mode=`.
@@ -336,6 +379,9 @@ pub struct Process {
     pub debug_threads: bool,
 }
 
+/// Default RAM in bytes (QEMU's: 128 MiB).
+pub const DEFAULT_MEMORY: u64 = 128 << 20;
+
 /// A virtual machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
@@ -356,9 +402,40 @@ pub struct Machine {
     pub devices: Vec<Device>,
     pub chardevs: Vec<Chardev>,
     pub monitors: Vec<Monitor>,
+    /// Ids of `iothread` objects.
+    pub iothreads: Vec<String>,
     pub rtc: RtcBase,
     pub actions: Actions,
     pub process: Process,
     /// Warnings to print once: options taken that change nothing here.
     pub warnings: Vec<String>,
+}
+
+/// A q35 machine with one vCPU of the host's model, 128 MiB and nothing on its buses; its UUID is
+/// all zeroes, as QEMU's is when none is given.
+impl Default for Machine {
+    fn default() -> Self {
+        Self {
+            name: None,
+            uuid: uuid::Uuid::nil(),
+            machine_type: MachineType::Q35,
+            cpu: Cpu::default(),
+            smp: Smp::default(),
+            memory: DEFAULT_MEMORY,
+            memory_backend: None,
+            memory_backends: Vec::new(),
+            numa: Vec::new(),
+            boot: Boot::default(),
+            blocks: Vec::new(),
+            netdevs: Vec::new(),
+            devices: Vec::new(),
+            chardevs: Vec::new(),
+            monitors: Vec::new(),
+            iothreads: Vec::new(),
+            rtc: RtcBase::default(),
+            actions: Actions::default(),
+            process: Process::default(),
+            warnings: Vec::new(),
+        }
+    }
 }
