@@ -3,6 +3,8 @@
 //!
 //! - [`bus`]: what a device on an I/O bus is, and the bus.
 //! - [`irq`]: interrupt lines, MSI vectors, doorbells; implemented by `vmm`.
+//! - [`pci`]: functions, configuration space, MSI-X, the root, root ports.
 
 pub mod bus;
 pub mod irq;
+pub mod pci;
