@@ -35,6 +35,11 @@ impl OwnWrites {
         Self { enabled: AtomicBool::new(false), maps: pages.map(Bitmap::new).collect() }
     }
 
+    #[inline]
+    pub(crate) fn is_enabled(&self) -> bool {
+        self.enabled.load(Ordering::Acquire)
+    }
+
     /// Records a write of `len` bytes (at least 1) at byte `offset` of region `region`.
     #[inline]
     pub(crate) fn record(&self, region: usize, offset: u64, len: u64) {

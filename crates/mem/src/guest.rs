@@ -9,7 +9,9 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
-use vm_memory::{ByteValued, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    ByteValued, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
+};
 
 use crate::dirty::OwnWrites;
 use crate::{Backing, Error, PAGE_SIZE, Result, backing};
@@ -179,6 +181,32 @@ impl GuestMemory {
         Ok(GuestSlice { ptr, len, _mem: std::marker::PhantomData })
     }
 
+    /// Like [`slice`](Self::slice), for as many of `len` bytes as lie in the region of `gpa`: at
+    /// least one, unless `len` is 0.
+    ///
+    /// # Errors
+    /// [`Error::NotRam`] when `gpa` itself is not RAM.
+    #[inline]
+    pub fn slice_up_to(&self, gpa: u64, len: usize) -> Result<GuestSlice<'_>> {
+        let (r, offset) = self.locate(gpa, len.min(1) as u64)?;
+        let len = (len as u64).min(r.size - offset) as usize;
+        let ptr = (r.host + offset as usize) as *mut u8;
+        Ok(GuestSlice { ptr, len, _mem: std::marker::PhantomData })
+    }
+
+    /// Whether both are the same memory (clones of each other).
+    #[inline]
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Whether own writes are being recorded at the moment, so that
+    /// [`mark_dirty`](Self::mark_dirty) has an effect. Ask after writing, not before.
+    #[inline]
+    pub fn is_recording(&self) -> bool {
+        self.0.own.is_enabled()
+    }
+
     /// Records that `[gpa, gpa + len)` was written. Out-of-range parts are ignored.
     #[inline]
     pub fn mark_dirty(&self, gpa: u64, len: u64) {
@@ -267,7 +295,8 @@ fn map_region(
     let offset = match file {
         // A dup of the fd: vm-memory wants to own its File.
         Some((f, offset)) => {
-            let f = f.try_clone().map_err(|source| Error::Host { what: "RAM's fd".into(), source })?;
+            let f =
+                f.try_clone().map_err(|source| Error::Host { what: "RAM's fd".into(), source })?;
             debug_assert!(f.as_raw_fd() >= 0);
             Some(FileOffset::new(f, offset))
         }

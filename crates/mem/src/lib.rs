@@ -16,6 +16,7 @@ pub use backing::{Backing, BackingKind};
 pub use bitmap::Bitmap;
 pub use dirty::DirtySource;
 pub use guest::{GuestMemory, GuestSlice, Region, RegionSpec};
+pub use vm_memory::ByteValued;
 
 /// Size in bytes of the pages that dirty logs and migration count in (x86-64 base page).
 pub const PAGE_SIZE: u64 = 4096;

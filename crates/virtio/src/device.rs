@@ -39,6 +39,13 @@ pub struct RingPos {
     pub used: u16,
 }
 
+impl RingPos {
+    /// Where a split ring starts.
+    pub const SPLIT_START: Self = Self { avail: 0, used: 0 };
+    /// Where a packed ring starts: both wrap counters are 1.
+    pub const PACKED_START: Self = Self { avail: 0x8000, used: 0x8000 };
+}
+
 /// A virtqueue as the driver set it up, with the ways to kick and to call.
 pub struct RingSetup {
     pub mem: GuestMemory,

@@ -2,7 +2,14 @@
 //! Source: Virtual I/O Device (VIRTIO) Version 1.2.
 //!
 //! - [`device`]: [`VirtioDevice`], what a device is to whoever hosts it (PCI, a vhost-user back end).
+//! - [`ring`]: [`Ring`], the device side of virtqueues, and [`Chain`], one chain of buffers.
+//! - [`features`]: feature bits, device ids, status bits, negotiation.
 
 pub mod device;
+pub mod features;
+pub mod ring;
 
-pub use device::{ConfigEvents, DeviceTraits, Interrupt, QueueIndex, RingPos, RingSetup, VirtioDevice};
+pub use device::{
+    ConfigEvents, DeviceTraits, Interrupt, QueueIndex, RingPos, RingSetup, VirtioDevice,
+};
+pub use ring::{Chain, Queue, Ring, RingError};

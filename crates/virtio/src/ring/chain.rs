@@ -1,0 +1,301 @@
+//! One descriptor chain, resolved: the driver's buffers as iovecs, the readable ones first.
+//!
+//! Invariants: every iovec lies in RAM of `mem`, which the chain keeps alive; readable ones come
+//! before writable ones; both totals together are below 4 GiB. The guest may change the bytes
+//! at any time, so they are only ever copied.
+#![allow(unsafe_code)]
+
+use std::cell::Cell;
+
+use mem::{ByteValued, GuestMemory};
+
+use super::RingError;
+use super::raw::{DESC_INDIRECT, DESC_NEXT, DESC_SIZE, DESC_WRITE, RawDesc};
+
+/// Most buffers in one chain: what `readv` and io_uring take at once (UIO_MAXIOV).
+pub const MAX_SEGMENTS: usize = 1024;
+
+/// A reusable holder of one chain. Made once with [`Chain::new`], filled by
+/// [`Ring::pop`](super::Ring::pop) again and again.
+#[derive(Default)]
+pub struct Chain {
+    mem: Option<GuestMemory>,
+    iov: Vec<libc::iovec>,
+    gpa: Vec<u64>,
+    /// How many of `iov` are readable.
+    readable: usize,
+    readable_len: u32,
+    writable_len: u32,
+    /// Bytes of the writable part, from its start, that may have been written other than by the
+    /// length given to `push`.
+    touched: Cell<u32>,
+    pub(super) token: Token,
+}
+
+/// Which place in the ring a chain has.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Token {
+    /// Head index (split) or buffer id (packed).
+    pub id: u16,
+    /// Ring entries that it takes: 1 (split) or the number of descriptors (packed).
+    pub entries: u16,
+    /// Avail position before and after it was popped, as in `RingPos`.
+    pub before: u16,
+    pub after: u16,
+}
+
+// SAFETY: the raw pointers point into guest RAM that `mem` keeps alive and that any thread may
+// access; nothing else in the chain is tied to a thread.
+unsafe impl Send for Chain {}
+
+impl std::fmt::Debug for Chain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { readable_len, writable_len, token, .. } = self;
+        write!(f, "Chain({} readable, {} writable, id {})", readable_len, writable_len, token.id)
+    }
+}
+
+impl Chain {
+    /// An empty chain, to be filled by `pop`.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Head index (split) or buffer id (packed), for logs and in-flight tables.
+    pub fn id(&self) -> u16 {
+        self.token.id
+    }
+
+    /// Bytes that the device may read.
+    #[inline]
+    pub fn readable_len(&self) -> u32 {
+        self.readable_len
+    }
+
+    /// Bytes that the device may write.
+    #[inline]
+    pub fn writable_len(&self) -> u32 {
+        self.writable_len
+    }
+
+    /// The readable part. The pointers are valid while the chain is not popped into again or
+    /// dropped. Never to be made into Rust slices: the guest writes there.
+    #[inline]
+    pub fn readable(&self) -> &[libc::iovec] {
+        &self.iov[..self.readable]
+    }
+
+    /// The writable part, as [`readable`](Self::readable).
+    #[inline]
+    pub fn writable(&self) -> &[libc::iovec] {
+        &self.iov[self.readable..]
+    }
+
+    /// Appends the iovecs of up to `len` bytes at byte `offset` of the readable part to `out`;
+    /// returns how many bytes they hold.
+    pub fn readable_iovecs(&self, offset: u32, len: u32, out: &mut Vec<libc::iovec>) -> u32 {
+        append(self.readable(), offset, len, out)
+    }
+
+    /// Appends the iovecs of up to `len` bytes at byte `offset` of the writable part to `out`;
+    /// returns how many bytes they hold. If fewer bytes than may have been written are given to
+    /// `push` (an I/O that failed half-way), call [`touch`](Self::touch).
+    pub fn writable_iovecs(&self, offset: u32, len: u32, out: &mut Vec<libc::iovec>) -> u32 {
+        append(self.writable(), offset, len, out)
+    }
+
+    /// Says that the first `len` bytes of the writable part may have been written, so that `push`
+    /// records them as dirty whatever length it is given.
+    pub fn touch(&self, len: u32) {
+        self.touched.set(self.touched.get().max(len));
+    }
+
+    /// Copies from byte `offset` of the readable part into `buf`; returns how many bytes there
+    /// were.
+    pub fn read_at(&self, offset: u32, buf: &mut [u8]) -> usize {
+        let mut done = 0;
+        for_each(self.readable(), offset, buf.len(), |p, n| {
+            // SAFETY: p is valid for n bytes of guest RAM; done + n <= buf.len().
+            unsafe { std::ptr::copy_nonoverlapping(p, buf.as_mut_ptr().add(done), n) };
+            done += n;
+        });
+        done
+    }
+
+    /// A plain-data value at byte `offset` of the readable part; `None` if that is too short.
+    pub fn read_obj<T: ByteValued>(&self, offset: u32) -> Option<T> {
+        let mut v = T::zeroed();
+        (self.read_at(offset, v.as_mut_slice()) == size_of::<T>()).then_some(v)
+    }
+
+    /// Copies `data` to byte `offset` of the writable part; returns how many bytes fitted.
+    pub fn write_at(&self, offset: u32, data: &[u8]) -> usize {
+        let mut done = 0;
+        for_each(self.writable(), offset, data.len(), |p, n| {
+            // SAFETY: p is valid for n bytes of guest RAM; done + n <= data.len().
+            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr().add(done), p, n) };
+            done += n;
+        });
+        if done > 0 {
+            self.touch(offset.saturating_add(done as u32));
+        }
+        done
+    }
+
+    /// Writes a plain-data value at byte `offset` of the writable part; whether it fitted (a part
+    /// may have been written if not).
+    pub fn write_obj<T: ByteValued>(&self, offset: u32, v: &T) -> bool {
+        self.write_at(offset, v.as_slice()) == size_of::<T>()
+    }
+
+    /// Zeroes up to `len` bytes at byte `offset` of the writable part; returns how many.
+    pub fn fill_zero_at(&self, offset: u32, len: u32) -> u32 {
+        let mut done = 0;
+        for_each(self.writable(), offset, len as usize, |p, n| {
+            // SAFETY: p is valid for n bytes of guest RAM.
+            unsafe { std::ptr::write_bytes(p, 0, n) };
+            done += n as u32;
+        });
+        if done > 0 {
+            self.touch(offset.saturating_add(done));
+        }
+        done
+    }
+
+    /// Records the first `written` (or touched) bytes of the writable part as dirty.
+    #[inline]
+    pub(super) fn record_dirty(&self, written: u32) {
+        let Some(mem) = self.mem.as_ref().filter(|m| m.is_recording()) else { return };
+        let mut left = u64::from(written.max(self.touched.get()));
+        for (iov, gpa) in self.writable().iter().zip(&self.gpa[self.readable..]) {
+            let n = left.min(iov.iov_len as u64);
+            mem.mark_dirty(*gpa, n);
+            left -= n;
+            if left == 0 {
+                break;
+            }
+        }
+    }
+
+    /// Empties it, before it is filled again from memory `mem`.
+    #[inline]
+    pub(super) fn begin(&mut self, mem: &GuestMemory) {
+        if !self.mem.as_ref().is_some_and(|m| m.is_same(mem)) {
+            self.mem = Some(mem.clone());
+        }
+        self.iov.clear();
+        self.gpa.clear();
+        (self.readable, self.readable_len, self.writable_len) = (0, 0, 0);
+        self.touched.set(0);
+    }
+
+    /// Adds a buffer. Empty ones are left out.
+    #[inline]
+    pub(super) fn add(&mut self, addr: u64, len: u32, writable: bool) -> Result<(), RingError> {
+        if !writable && self.iov.len() > self.readable {
+            return Err(RingError::Order);
+        }
+        let total =
+            self.readable_len.checked_add(self.writable_len).and_then(|n| n.checked_add(len));
+        if total.is_none() {
+            return Err(RingError::TotalLength);
+        }
+        let Self { mem: Some(mem), iov, gpa, .. } = self else {
+            return Err(RingError::Buffer { addr, len });
+        };
+        let mut done = 0;
+        while done < len {
+            if iov.len() >= MAX_SEGMENTS {
+                return Err(RingError::TooManySegments);
+            }
+            let at = addr.checked_add(u64::from(done)).ok_or(RingError::Buffer { addr, len })?;
+            let want = (len - done) as usize;
+            // A buffer may cross from one RAM region into one right behind it.
+            let slice = mem.slice_up_to(at, want).map_err(|_| RingError::Buffer { addr, len })?;
+            iov.push(slice.iovec());
+            gpa.push(at);
+            done += slice.len() as u32;
+        }
+        if writable {
+            self.writable_len += len;
+        } else {
+            self.readable_len += len;
+            self.readable = self.iov.len();
+        }
+        Ok(())
+    }
+
+    /// Adds the buffers of an indirect table. `split` tables are linked by `next`, packed ones are
+    /// in order.
+    pub(super) fn add_indirect(
+        &mut self,
+        table: u64,
+        len: u32,
+        split: bool,
+    ) -> Result<(), RingError> {
+        if len == 0 || !len.is_multiple_of(DESC_SIZE) {
+            return Err(RingError::IndirectLength(len));
+        }
+        let Some(mem) = self.mem.clone() else {
+            return Err(RingError::Buffer { addr: table, len });
+        };
+        let host =
+            mem.slice(table, len as usize).map_err(|_| RingError::Buffer { addr: table, len })?;
+        let size = len / DESC_SIZE;
+        let mut i = 0;
+        for _ in 0..size {
+            let mut bytes = [0; DESC_SIZE as usize];
+            // SAFETY: i < size, so the 16 bytes are inside the slice just checked.
+            unsafe {
+                let p = host.as_ptr().add(i as usize * DESC_SIZE as usize);
+                std::ptr::copy_nonoverlapping(p, bytes.as_mut_ptr(), bytes.len());
+            }
+            let d = RawDesc::from_bytes(bytes);
+            let flags = if split { d.at12 } else { d.at14 };
+            if flags & DESC_INDIRECT != 0 {
+                return Err(RingError::IndirectNested);
+            }
+            self.add(d.addr, d.len, flags & DESC_WRITE != 0)?;
+            if !split {
+                i += 1;
+            } else if flags & DESC_NEXT == 0 {
+                return Ok(());
+            } else if u32::from(d.at14) >= size {
+                return Err(RingError::DescriptorIndex { index: d.at14, size });
+            } else {
+                i = u32::from(d.at14);
+            }
+        }
+        if split { Err(RingError::ChainTooLong) } else { Ok(()) }
+    }
+}
+
+/// Calls `f` with each contiguous piece of `len` bytes at `offset` of `iov`.
+#[inline]
+fn for_each(iov: &[libc::iovec], offset: u32, len: usize, mut f: impl FnMut(*mut u8, usize)) {
+    let mut skip = offset as usize;
+    let mut left = len;
+    for v in iov {
+        if left == 0 {
+            return;
+        }
+        if skip >= v.iov_len {
+            skip -= v.iov_len;
+            continue;
+        }
+        let n = left.min(v.iov_len - skip);
+        // Wrapping: no dereference here; skip < iov_len, so it stays inside the buffer.
+        f(v.iov_base.cast::<u8>().wrapping_add(skip), n);
+        left -= n;
+        skip = 0;
+    }
+}
+
+fn append(iov: &[libc::iovec], offset: u32, len: u32, out: &mut Vec<libc::iovec>) -> u32 {
+    let mut done = 0;
+    for_each(iov, offset, len as usize, |p, n| {
+        out.push(libc::iovec { iov_base: p.cast(), iov_len: n });
+        done += n as u32;
+    });
+    done
+}
