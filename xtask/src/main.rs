@@ -1,1 +1,83 @@
-fn main() {}
+//! The project's own tooling: `cargo xtask COMMAND`.
+//!
+//! Everything here works on a fresh Debian machine that has a Rust toolchain; what else is needed
+//! comes from Debian's packages and is set up by [`setup`].
+
+mod cpio;
+mod guest;
+mod kernel;
+mod lab;
+mod paths;
+mod setup;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+
+/// What the commands here fail with: a sentence for the person at the terminal.
+pub type Result<T> = std::result::Result<T, String>;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Set-up, lab, tests and demo of this project")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install the missing Debian packages, fetch kernels and build the lab host and the guest
+    Setup,
+    /// Run a command (or a shell) on a lab host that has a complete /dev/kvm
+    Lab(lab::LabArgs),
+    /// Build the test guest: target/lab/guest/vmlinuz and target/lab/guest/initramfs.cpio.gz
+    Guest,
+    /// The part of `lab` that runs on the lab host
+    #[command(hide = true)]
+    LabAgent { job: std::path::PathBuf },
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Setup => {
+            setup::ensure(setup::LAB)?;
+            lab::image::ensure()?;
+            guest::ensure()?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Lab(args) => {
+            let opts = lab::Options {
+                timeout: args.timeout.map(Duration::from_secs),
+                memory_mib: args.memory,
+                cpus: args.cpus,
+                qemu_args: args.qemu_arg,
+                append: args.append,
+                verbose: args.verbose,
+                ..lab::Options::default()
+            };
+            let code = if args.command.is_empty() {
+                lab::shell(&opts)?
+            } else {
+                lab::run(&args.command, &opts)?
+            };
+            Ok(ExitCode::from(code))
+        }
+        Command::Guest => {
+            let guest = guest::ensure()?;
+            println!("{}\n{}", guest.kernel.display(), guest.initramfs.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::LabAgent { job } => lab::agent::run(&job).map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(code) => code,
+        Err(message) => {
+            eprintln!("xtask: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
