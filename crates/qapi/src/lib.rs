@@ -3,12 +3,18 @@
 //! - [`cmdline`]: QEMU's command line into a [`spec::Machine`].
 //! - [`command`]: [`Commands`], what a monitor needs of the machine; implemented by `vmm`.
 //! - [`event`]: [`EventBus`], events to every client.
+//! - [`params`]: migration parameters and capabilities.
+//! - [`qmp`]: one client's QMP conversation.
+//! - [`schema`]: the table of commands.
 //! - [`monitor`]: [`Monitor`], a QMP or HMP server on a chardev.
 
 pub mod cmdline;
 pub mod command;
 pub mod event;
 pub mod monitor;
+pub mod params;
+pub mod qmp;
+pub mod schema;
 
 pub use command::{ClientFds, Commands, Error, ErrorClass};
 pub use event::EventBus;

@@ -1,0 +1,9 @@
+//! QMP: JSON commands in, replies and events out.
+//!
+//! - [`scanner`]: finds whole JSON values in a stream of bytes.
+//! - [`session`]: [`QmpSession`], one client's conversation with no socket or thread inside.
+
+pub mod scanner;
+pub mod session;
+
+pub use session::{QmpSession, Request, Step};
