@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
 /// An interrupt line (ISA, PCI INTx).
@@ -38,8 +39,47 @@ pub enum DoorbellAddress {
 /// Guest writes that signal an eventfd without leaving the kernel.
 pub trait Doorbells: Send + Sync {
     /// Signals `fd` on writes to `address`.
-    fn register(&self, fd: &EventFd, address: DoorbellAddress, datamatch: Option<u32>)
-    -> Result<(), String>;
+    fn register(
+        &self,
+        fd: &EventFd,
+        address: DoorbellAddress,
+        datamatch: Option<u32>,
+    ) -> Result<(), String>;
     /// Undoes [`register`](Self::register).
     fn unregister(&self, fd: &EventFd, address: DoorbellAddress, datamatch: Option<u32>);
+}
+
+/// One input of a line that several devices share: the line is up while any of them holds it up.
+pub struct SharedLine {
+    line: Arc<dyn IrqLine>,
+    holders: Arc<Mutex<u32>>,
+    up: Mutex<bool>,
+}
+
+impl SharedLine {
+    /// `count` inputs of `line`.
+    pub fn split(line: Arc<dyn IrqLine>, count: usize) -> Vec<Arc<dyn IrqLine>> {
+        let holders = Arc::new(Mutex::new(0));
+        let input = |_| -> Arc<dyn IrqLine> {
+            Arc::new(Self { line: line.clone(), holders: holders.clone(), up: Mutex::new(false) })
+        };
+        (0..count).map(input).collect()
+    }
+}
+
+impl IrqLine for SharedLine {
+    fn set(&self, level: bool) {
+        let mut up = self.up.lock();
+        if *up == level {
+            return;
+        }
+        *up = level;
+        let mut holders = self.holders.lock();
+        if level {
+            *holders += 1;
+        } else {
+            *holders -= 1;
+        }
+        self.line.set(*holders > 0);
+    }
 }

@@ -4,7 +4,9 @@
 //! - [`bus`]: what a device on an I/O bus is, and the bus.
 //! - [`irq`]: interrupt lines, MSI vectors, doorbells; implemented by `vmm`.
 //! - [`pci`]: functions, configuration space, MSI-X, the root, root ports.
+//! - [`shared`]: devices behind an `Arc` as units of the machine.
 
 pub mod bus;
 pub mod irq;
 pub mod pci;
+pub mod shared;
