@@ -1,6 +1,8 @@
 //! The hypervisor: [`Vm`] and [`Vcpu`], plain values in and out, and KVM behind them.
 #![allow(unsafe_code)] // ioctls
 
+pub mod kvm;
 pub mod traits;
 
+pub use kvm::{KvmVcpu, KvmVm};
 pub use traits::*;

@@ -101,7 +101,9 @@ pub enum Entry<'a> {
     Resume,
     /// The answer to the last [`Exit::IoIn`] or [`Exit::MmioRead`].
     Data(&'a [u8]),
-    /// Only completes the last exit (so that its state can be saved), runs no guest code.
+    /// Only completes the last exit (so that its state can be saved), runs no guest code. Repeat
+    /// it (or answer with [`Entry::Data`] what it asks) until it gives [`Exit::Interrupted`]: an
+    /// instruction can need several exits.
     CompleteExit,
 }
 
@@ -155,6 +157,13 @@ pub trait Vm: Send + Sync {
     fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>>;
     /// Makes vCPU `id`.
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>>;
+    /// Makes vCPU `id` with an APIC id that the topology gives it (`cpu::apic_id`).
+    fn create_vcpu_as(&self, id: u32, apic_id: u32) -> Result<Box<dyn Vcpu>> {
+        if id != apic_id {
+            return Err(Error::Missing("APIC ids that differ from the vCPU's index"));
+        }
+        self.create_vcpu(id)
+    }
     /// Maps all of `mem`, slot = region index.
     fn map_memory(&self, mem: &GuestMemory) -> Result<()>;
     /// The log of pages that vCPUs (and the kernel on their behalf) wrote.
