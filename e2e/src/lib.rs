@@ -1,1 +1,8 @@
-//! End-to-end test harness.
+//! End-to-end tests with real guests.
+//!
+//! [`guest`] is the workload inside a guest (the binary `tern-guest` is its init); the rest is the
+//! harness on the host: it starts VMMs, drives them over QMP, gives them a network, checks what the
+//! guest does, and measures migrations.
+
+pub mod guest;
+pub mod pattern;

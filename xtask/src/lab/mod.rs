@@ -6,12 +6,12 @@
 
 pub mod agent;
 pub mod image;
-mod lock;
+pub mod lock;
 mod wire;
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, BufRead, BufReader, IsTerminal, Read, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -167,6 +167,9 @@ impl Machine {
         let mut command = qemu(&image, opts, shell, &dir.0);
         let mut qemu =
             command.spawn().map_err(|e| format!("qemu-system-x86_64 does not start: {e}"))?;
+        if let Some(stderr) = qemu.stderr.take() {
+            std::thread::spawn(move || relay_messages(stderr));
+        }
         listener.set_nonblocking(true).map_err(|e| e.to_string())?;
         let until = Instant::now() + Duration::from_secs(30);
         let control = loop {
@@ -198,6 +201,7 @@ impl Machine {
 fn qemu(image: &image::Image, opts: &Options, shell: bool, dir: &Path) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
     let quiet = if opts.verbose { "" } else { "quiet" };
+    command.stderr(Stdio::piped());
     let log = if opts.verbose {
         "file,id=log,path=/dev/stderr".to_owned()
     } else {
@@ -243,6 +247,15 @@ fn qemu(image: &image::Image, opts: &Options, shell: bool, dir: &Path) -> Comman
     command
 }
 
+/// QEMU's messages, without those about CPU features that its software CPU leaves out.
+fn relay_messages(from: impl Read) {
+    for line in BufReader::new(from).lines().map_while(io::Result::ok) {
+        if !line.contains("warning: TCG doesn't support requested feature") {
+            eprintln!("{}", line.trim_end());
+        }
+    }
+}
+
 /// The child is killed when this process ends, however it ends.
 #[allow(unsafe_code)]
 fn die_with_parent(command: &mut Command) {
@@ -268,7 +281,10 @@ fn follow(machine: &mut Machine, timeout: Option<Duration>) -> Result<u8> {
         let mut kind = [0];
         let got = match control.read(&mut kind) {
             Ok(0) => {
-                return Err(format!("the lab host died; its last words:\n{}", machine.last_words()));
+                return Err(format!(
+                    "the lab host died; its last words:\n{}",
+                    machine.last_words()
+                ));
             }
             Ok(_) => true,
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
