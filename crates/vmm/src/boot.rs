@@ -1,0 +1,246 @@
+//! Direct kernel boot: bzImage by Linux's 64-bit boot protocol, ELF by PVH; initrd, command line,
+//! memory map. Sources: Linux Documentation/arch/x86/boot.rst; Xen's PVH direct boot ABI.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+
+use hv::BootEntry;
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use linux_loader::loader::elf::PvhBootCapability;
+use linux_loader::loader::{BzImage, Elf, KernelLoader};
+use linux_loader::loader::elf::start_info::{
+    hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
+};
+use mem::GuestMemory;
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::layout;
+
+const E820_RAM: u32 = 1;
+const E820_RESERVED: u32 = 2;
+const HDRS_MAGIC: u32 = 0x5372_6448;
+const PVH_MAGIC: u32 = 0x336e_c578;
+/// Where 64-bit code begins in a bzImage's protected-mode part (boot.rst, "64-bit boot protocol").
+const ENTRY_64: u64 = 0x200;
+/// `xloadflags` bit 0: the kernel has the 64-bit entry point.
+const XLF_KERNEL_64: u16 = 1;
+
+/// What can be wrong with what is to be booted.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot open {what} {path}: {source}")]
+    Open { what: &'static str, path: String, source: std::io::Error },
+    #[error("{path}: not a Linux kernel that Tern can start ({reason}); a bzImage or an ELF vmlinux with a PVH entry is needed")]
+    NoKernel { path: String, reason: String },
+    #[error("{what} {path} ({size} bytes) does not fit into the guest's memory; give it more with -m")]
+    TooLarge { what: &'static str, path: String, size: u64 },
+    #[error("the kernel command line has {len} bytes, at most {max} fit")]
+    CommandLine { len: usize, max: usize },
+    #[error("guest memory: {0}")]
+    Memory(#[from] mem::Error),
+}
+
+/// Loads kernel, initrd and command line into `mem` and says where vCPU 0 starts. `rsdp` is the
+/// guest address of the ACPI root pointer.
+pub fn load(mem: &GuestMemory, boot: &spec::Boot, kernel: &Path, rsdp: u64) -> Result<BootEntry, Error> {
+    let mut file = open("kernel", kernel)?;
+    let cmdline = command_line(mem, &boot.append)?;
+    gdt(mem)?;
+    if is_bzimage(&mut file) {
+        bzimage(mem, boot, kernel, file, cmdline, rsdp)
+    } else {
+        pvh(mem, boot, kernel, file, rsdp)
+    }
+}
+
+fn open(what: &'static str, path: &Path) -> Result<File, Error> {
+    let named = |source| Error::Open { what, path: path.display().to_string(), source };
+    let file = File::open(path).map_err(named)?;
+    if !file.metadata().map_err(named)?.is_file() {
+        return Err(named(std::io::Error::other("not a regular file")));
+    }
+    Ok(file)
+}
+
+fn is_bzimage(file: &mut File) -> bool {
+    let mut magic = [0; 4];
+    let read = file.seek(SeekFrom::Start(0x202)).and_then(|_| file.read_exact(&mut magic));
+    read.is_ok() && u32::from_le_bytes(magic) == HDRS_MAGIC
+}
+
+fn command_line(mem: &GuestMemory, text: &str) -> Result<u32, Error> {
+    if text.len() >= layout::COMMAND_LINE_MAX {
+        return Err(Error::CommandLine { len: text.len(), max: layout::COMMAND_LINE_MAX - 1 });
+    }
+    mem.write(layout::COMMAND_LINE, text.as_bytes())?;
+    mem.write(layout::COMMAND_LINE + text.len() as u64, &[0])?;
+    Ok(layout::COMMAND_LINE as u32)
+}
+
+/// Flat 64-bit code, flat 32-bit code and data, as both entries want them.
+fn gdt(mem: &GuestMemory) -> Result<(), Error> {
+    let entries: [u64; 5] =
+        [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x008f_8b00_0000_ffff];
+    for (i, e) in entries.iter().enumerate() {
+        mem.write(layout::GDT + 8 * i as u64, &e.to_le_bytes())?;
+    }
+    Ok(())
+}
+
+/// Identity map of the first 4 GiB in 2 MiB pages: PML4, PDPT, 4 page directories.
+fn page_tables(mem: &GuestMemory) -> Result<(), Error> {
+    const PRESENT_WRITABLE: u64 = 0x3;
+    const HUGE: u64 = 0x80;
+    let pdpt = layout::PAGE_TABLES + 0x1000;
+    mem.write(layout::PAGE_TABLES, &(pdpt | PRESENT_WRITABLE).to_le_bytes())?;
+    for gib in 0..4u64 {
+        let pd = pdpt + 0x1000 * (gib + 1);
+        mem.write(pdpt + 8 * gib, &(pd | PRESENT_WRITABLE).to_le_bytes())?;
+        for i in 0..512u64 {
+            let page = (gib << 30) + (i << 21);
+            mem.write(pd + 8 * i, &(page | HUGE | PRESENT_WRITABLE).to_le_bytes())?;
+        }
+    }
+    Ok(())
+}
+
+/// The guest's memory map: (start, bytes, E820 type).
+fn memory_map(mem: &GuestMemory) -> Vec<(u64, u64, u32)> {
+    let mut map = vec![
+        (0, layout::LOW_RAM_END, E820_RAM),
+        (layout::LOW_RAM_END, layout::HIGH_RAM_START - layout::LOW_RAM_END, E820_RESERVED),
+    ];
+    for r in mem.regions() {
+        let start = r.gpa.max(layout::HIGH_RAM_START);
+        if r.gpa + r.size > start {
+            map.push((start, r.gpa + r.size - start, E820_RAM));
+        }
+    }
+    map.push((layout::ECAM, layout::ECAM_SIZE, E820_RESERVED));
+    map
+}
+
+/// Puts the initrd as high as it may lie below `limit`; returns (address, bytes).
+fn initrd(mem: &GuestMemory, boot: &spec::Boot, floor: u64, limit: u64) -> Result<(u64, u64), Error> {
+    let Some(path) = &boot.initrd else { return Ok((0, 0)) };
+    let mut file = open("initrd", path)?;
+    let named = |source| Error::Open { what: "initrd", path: path.display().to_string(), source };
+    let size = file.metadata().map_err(named)?.len();
+    let end = mem.regions().first().map_or(0, |r| r.size).min(limit);
+    let too_large = || Error::TooLarge { what: "initrd", path: path.display().to_string(), size };
+    let start = end.checked_sub(size).ok_or_else(too_large)? & !0xfff;
+    if start < floor {
+        return Err(too_large());
+    }
+    let mut at = start;
+    let mut buf = vec![0; 1 << 20];
+    loop {
+        let n = file.read(&mut buf).map_err(named)?;
+        if n == 0 {
+            return Ok((start, at - start));
+        }
+        if at + n as u64 > start + size {
+            return Err(too_large()); // the file grew
+        }
+        mem.write(at, &buf[..n])?;
+        at += n as u64;
+    }
+}
+
+fn bzimage(
+    mem: &GuestMemory,
+    boot: &spec::Boot,
+    path: &Path,
+    mut file: File,
+    cmdline: u32,
+    rsdp: u64,
+) -> Result<BootEntry, Error> {
+    let bad = |reason: String| Error::NoKernel { path: path.display().to_string(), reason };
+    let size = file.metadata().map_or(0, |m| m.len());
+    let start = GuestAddress(layout::HIGH_RAM_START);
+    let room = mem.regions().first().map_or(0, |r| r.size).saturating_sub(start.0);
+    if size > room {
+        return Err(Error::TooLarge { what: "kernel", path: path.display().to_string(), size });
+    }
+    let loaded = BzImage::load(mem.mmap(), Some(start), &mut file, Some(start))
+        .map_err(|e| bad(e.to_string()))?;
+    let mut header: setup_header =
+        loaded.setup_header.ok_or_else(|| bad("it has no setup header".into()))?;
+    if header.version < 0x020c || header.xloadflags & XLF_KERNEL_64 == 0 {
+        return Err(bad("it has no 64-bit entry point (boot protocol 2.12)".into()));
+    }
+    // The kernel unpacks itself to pref_address, init_size bytes: nothing may lie there.
+    let pref = header.pref_address;
+    let unpacked = pref.max(start.0) + u64::from(header.init_size);
+    let floor = unpacked.max(loaded.kernel_end);
+    let low = mem.regions().first().map_or(0, |r| r.size);
+    if floor > low {
+        let what = "the unpacked kernel";
+        return Err(Error::TooLarge { what, path: path.display().to_string(), size: floor });
+    }
+    let limit = u64::from(header.initrd_addr_max).max(0x37ff_ffff) + 1;
+    let (address, bytes) = initrd(mem, boot, floor, limit)?;
+    header.type_of_loader = 0xff;
+    header.ramdisk_image = address as u32;
+    header.ramdisk_size = bytes as u32;
+    header.cmd_line_ptr = cmdline;
+    header.cmdline_size = boot.append.len() as u32;
+    let mut params = boot_params { hdr: header, acpi_rsdp_addr: rsdp, ..Default::default() };
+    for (i, (addr, size, type_)) in memory_map(mem).into_iter().enumerate() {
+        params.e820_table[i] = boot_e820_entry { addr, size, r#type: type_ };
+        params.e820_entries = i as u8 + 1;
+    }
+    let write = mem.mmap().write_obj(params, GuestAddress(layout::BOOT_PARAMS));
+    write.map_err(|e| bad(e.to_string()))?;
+    page_tables(mem)?;
+    Ok(BootEntry::Long {
+        rip: layout::HIGH_RAM_START + ENTRY_64,
+        rsi: layout::BOOT_PARAMS,
+        page_table: layout::PAGE_TABLES,
+        gdt: layout::GDT,
+    })
+}
+
+fn pvh(
+    mem: &GuestMemory,
+    boot: &spec::Boot,
+    path: &Path,
+    mut file: File,
+    rsdp: u64,
+) -> Result<BootEntry, Error> {
+    let bad = |reason: String| Error::NoKernel { path: path.display().to_string(), reason };
+    file.rewind().map_err(|e| bad(e.to_string()))?;
+    let start = Some(GuestAddress(layout::HIGH_RAM_START));
+    let loaded = Elf::load(mem.mmap(), None, &mut file, start).map_err(|e| bad(e.to_string()))?;
+    let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
+        return Err(bad("the ELF file has no PVH entry note".into()));
+    };
+    let (address, bytes) = initrd(mem, boot, loaded.kernel_end, 1 << 32)?;
+    let mut info = hvm_start_info {
+        magic: PVH_MAGIC,
+        version: 1,
+        cmdline_paddr: layout::COMMAND_LINE,
+        rsdp_paddr: rsdp,
+        memmap_paddr: layout::PVH_MEMMAP,
+        ..Default::default()
+    };
+    if bytes > 0 {
+        let module = hvm_modlist_entry { paddr: address, size: bytes, ..Default::default() };
+        put(mem, layout::PVH_MODULES, module)?;
+        info.nr_modules = 1;
+        info.modlist_paddr = layout::PVH_MODULES;
+    }
+    for (i, (addr, size, type_)) in memory_map(mem).into_iter().enumerate() {
+        let entry = hvm_memmap_table_entry { addr, size, type_, reserved: 0 };
+        let at = layout::PVH_MEMMAP + (i * size_of::<hvm_memmap_table_entry>()) as u64;
+        put(mem, at, entry)?;
+        info.memmap_entries = i as u32 + 1;
+    }
+    put(mem, layout::PVH_START_INFO, info)?;
+    Ok(BootEntry::Pvh { rip: entry.0, start_info: layout::PVH_START_INFO, gdt: layout::GDT })
+}
+
+fn put<T: vm_memory::ByteValued>(mem: &GuestMemory, at: u64, value: T) -> Result<(), Error> {
+    Ok(mem.write(at, value.as_slice())?)
+}

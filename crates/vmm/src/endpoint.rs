@@ -1,0 +1,275 @@
+//! The machine as a migration sees it: [`migrate::Endpoint`] over [`Machine`].
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use mem::{DirtySource, GuestMemory};
+use migrate::Endpoint;
+use migrate::endpoint::{DeviceSpec, Preamble};
+use state::Sections;
+
+use crate::layout;
+use crate::machine::Machine;
+use crate::runstate::RunState;
+use crate::vcpus::Request;
+
+/// The machine at one end of a migration.
+pub struct MachineEndpoint(pub Arc<Machine>);
+
+impl Endpoint for MachineEndpoint {
+    fn preamble(&self) -> Result<Preamble, String> {
+        let parts = &self.0.parts;
+        let kind = match parts.spec.machine_type {
+            spec::MachineType::Q35 => "q35",
+            spec::MachineType::Pc => "pc",
+            spec::MachineType::None => "none",
+        };
+        let cpuid = parts
+            .cpuid
+            .iter()
+            .map(|e| (e.function, e.index, e.eax, e.ebx, e.ecx, e.edx))
+            .collect();
+        let devices = self.0.manifest().into_iter().map(|(name, kind, version)| {
+            let properties = self.properties(&name);
+            DeviceSpec { name, kind: kind.into(), version, reads: vec![version], properties }
+        });
+        Ok(Preamble {
+            machine: format!("{kind}-{}", layout::MACHINE_VERSION),
+            cpu_model: parts.spec.cpu.model.clone(),
+            cpuid,
+            vcpus: parts.vcpus.len() as u32,
+            ram: parts.mem.regions().iter().map(|r| (r.gpa, r.size)).collect(),
+            devices: devices.collect(),
+        })
+    }
+
+    fn differences(&self, remote: &Preamble) -> Vec<String> {
+        match self.preamble() {
+            Ok(ours) => differences(remote, &ours),
+            Err(e) => vec![e],
+        }
+    }
+
+    fn blockers(&self) -> Vec<String> {
+        let mut all = self.0.blockers();
+        match self.0.state() {
+            RunState::Inmigrate => all.push("an incoming migration is under way here".into()),
+            RunState::Postmigrate => all.push("the guest was handed over already".into()),
+            RunState::InternalError => {
+                all.push("the machine stopped with an internal error; reset it first".into());
+            }
+            _ => {}
+        }
+        all
+    }
+
+    fn memory(&self) -> GuestMemory {
+        self.0.parts.mem.clone()
+    }
+
+    fn dirty_sources(&self) -> Vec<Arc<dyn DirtySource>> {
+        self.0.dirty_sources()
+    }
+
+    fn is_running(&self) -> bool {
+        self.0.state() == RunState::Running
+    }
+
+    fn quiesce(&self, deadline: Instant) -> Result<(), String> {
+        self.0.quiesce_for_migration(deadline)
+    }
+
+    fn save(&self) -> Result<Sections, String> {
+        self.0.save()
+    }
+
+    fn release_locks(&self) -> Result<(), String> {
+        self.0.release_locks()
+    }
+
+    fn resume(&self) -> Result<(), String> {
+        self.0.resume_after_migration()
+    }
+
+    fn handed_over(&self) {
+        self.0.handed_over();
+    }
+
+    fn prepare(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn load(&self, sections: Sections) -> Result<(), String> {
+        self.0.load(sections)
+    }
+
+    fn acquire_locks(&self) -> Result<(), String> {
+        self.0.acquire_locks()
+    }
+
+    fn run_held(&self) -> Result<(), String> {
+        self.0.run_held();
+        Ok(())
+    }
+
+    fn release_output(&self) {
+        self.0.release_output();
+    }
+
+    fn discard(&self) {
+        // As QEMU: a destination whose migration failed has nothing left to do.
+        let _ = self.0.parts.requests.send(Request::Quit(1));
+    }
+}
+
+impl MachineEndpoint {
+    fn properties(&self, unit: &str) -> Vec<(String, String)> {
+        let parts = &self.0.parts;
+        let virtio = parts.virtio.iter().find(|v| v.unit_name() == unit);
+        virtio.map_or_else(Vec::new, |v| v.migration_properties())
+    }
+}
+
+/// One sentence a difference; `theirs` is the source, `ours` the destination.
+fn differences(theirs: &Preamble, ours: &Preamble) -> Vec<String> {
+    let mut all = Vec::new();
+    let mut differ = |what: &str, source: String, here: String| {
+        if source != here {
+            all.push(format!("{what}: the source has {source}, the destination {here}"));
+        }
+    };
+    differ("machine type", theirs.machine.clone(), ours.machine.clone());
+    differ("CPU model", theirs.cpu_model.clone(), ours.cpu_model.clone());
+    differ("number of vCPUs", theirs.vcpus.to_string(), ours.vcpus.to_string());
+    differ("memory", ram_text(theirs), ram_text(ours));
+    all.extend(cpuid_differences(&theirs.cpuid, &ours.cpuid));
+    all.extend(device_differences(&theirs.devices, &ours.devices));
+    all
+}
+
+fn ram_text(p: &Preamble) -> String {
+    let total: u64 = p.ram.iter().map(|(_, size)| size).fold(0, |a, s| a.saturating_add(*s));
+    let parts: Vec<_> =
+        p.ram.iter().map(|(at, size)| format!("{} KiB at {at:#x}", size >> 10)).collect();
+    format!("{} MiB ({})", total >> 20, parts.join(", "))
+}
+
+type CpuidRow = (u32, u32, u32, u32, u32, u32);
+
+fn cpuid_differences(theirs: &[CpuidRow], ours: &[CpuidRow]) -> Vec<String> {
+    let table = |rows: &[CpuidRow]| -> BTreeMap<(u32, u32), [u32; 4]> {
+        rows.iter().map(|r| ((r.0, r.1), [r.2, r.3, r.4, r.5])).collect()
+    };
+    let (theirs, ours) = (table(theirs), table(ours));
+    let keys: std::collections::BTreeSet<_> = theirs.keys().chain(ours.keys()).collect();
+    let mut all = Vec::new();
+    for &&(function, index) in &keys {
+        let (a, b) = (theirs.get(&(function, index)), ours.get(&(function, index)));
+        let (a, b) = (a.copied().unwrap_or_default(), b.copied().unwrap_or_default());
+        for (i, register) in ["eax", "ebx", "ecx", "edx"].into_iter().enumerate() {
+            if a[i] != b[i] {
+                all.push(format!(
+                    "CPU features (CPUID {function:#x}.{index} {register}): the source has \
+                     {:#010x}, the destination {:#010x}",
+                    a[i], b[i]
+                ));
+            }
+        }
+    }
+    const SHOWN: usize = 8;
+    if all.len() > SHOWN {
+        let more = all.len() - SHOWN;
+        all.truncate(SHOWN);
+        all.push(format!("CPU features: {more} more CPUID registers differ"));
+    }
+    all
+}
+
+fn device_differences(theirs: &[DeviceSpec], ours: &[DeviceSpec]) -> Vec<String> {
+    let mut all = Vec::new();
+    for their in theirs {
+        let Some(our) = ours.iter().find(|d| d.name == their.name) else {
+            all.push(format!("device {} ({}): only the source has it", their.name, their.kind));
+            continue;
+        };
+        if our.kind != their.kind {
+            all.push(format!(
+                "device {}: the source has a {}, the destination a {}",
+                their.name, their.kind, our.kind
+            ));
+        } else if !our.reads.contains(&their.version) {
+            all.push(format!(
+                "device {}: the source writes version {} of its state, the destination reads {:?}",
+                their.name, their.version, our.reads
+            ));
+        }
+        for (name, value) in &their.properties {
+            match our.properties.iter().find(|(n, _)| n == name) {
+                Some((_, here)) if here == value => {}
+                Some((_, here)) => all.push(format!(
+                    "device {}, {name}: the source has {value}, the destination {here}",
+                    their.name
+                )),
+                None => all.push(format!(
+                    "device {}, {name}: the source has {value}, the destination does not know it",
+                    their.name
+                )),
+            }
+        }
+    }
+    for our in ours.iter().filter(|d| theirs.iter().all(|t| t.name != d.name)) {
+        all.push(format!("device {} ({}): only the destination has it", our.name, our.kind));
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn preamble() -> Preamble {
+        let device = |name: &str| DeviceSpec {
+            name: name.into(),
+            kind: "virtio-net".into(),
+            version: 1,
+            reads: vec![1],
+            properties: vec![("address".into(), "00:02.0".into())],
+        };
+        Preamble {
+            machine: "q35-1".into(),
+            cpu_model: "host".into(),
+            cpuid: vec![(1, 0, 1, 2, 3, 4)],
+            vcpus: 2,
+            ram: vec![(0, 256 << 20)],
+            devices: vec![device("net0"), device("net1")],
+        }
+    }
+
+    #[test]
+    fn equal_machines_do_not_differ() {
+        assert!(differences(&preamble(), &preamble()).is_empty());
+    }
+
+    #[test]
+    fn each_difference_is_a_sentence_that_names_both_sides() {
+        let mut ours = preamble();
+        ours.ram = vec![(0, 512 << 20)];
+        ours.vcpus = 4;
+        ours.cpuid[0].4 = 7;
+        ours.devices[0].properties[0].1 = "00:03.0".into();
+        ours.devices[1].name = "net7".into();
+        let all = differences(&preamble(), &ours);
+        for part in [
+            "number of vCPUs: the source has 2, the destination 4",
+            "memory: the source has 256 MiB",
+            "CPUID 0x1.0 ecx",
+            "device net0, address: the source has 00:02.0, the destination 00:03.0",
+            "device net1 (virtio-net): only the source has it",
+            "device net7 (virtio-net): only the destination has it",
+        ] {
+            assert!(all.iter().any(|s| s.contains(part)), "{part} in {all:?}");
+        }
+        assert_eq!(all.len(), 6);
+    }
+}

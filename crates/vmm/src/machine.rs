@@ -1,0 +1,453 @@
+//! A machine that has been put together: its parts, and the life-cycle operations on them.
+//!
+//! One lock, `life`, orders everything that changes whether the machine runs. It is taken by
+//! monitors, by migration threads and by the life-cycle driver, never by a vCPU thread or a device,
+//! so holding it while vCPUs stop and devices drain cannot deadlock.
+//!
+//! ```text
+//!   Prelaunch --cont--> Running <--stop/cont--> Paused
+//!                         | quiesce (migration)
+//!                    FinishMigrate --resume--> Running;  --handed_over--> Postmigrate
+//!   Inmigrate --load, run_held (vCPUs run, devices hold), release_output--> Running
+//! ```
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+use devices::acpi_pm::AcpiPm;
+use devices::pci::root::PciRoot;
+use devices::virtio_pci::VirtioPci;
+use hv::{CpuidEntry, Vm};
+use mem::{DirtySource, GuestMemory};
+use minicbor::{Decode, Encode};
+use parking_lot::Mutex;
+use qapi::EventBus;
+use serde_json::json;
+use state::{Quiesced, Running, SavedState, Section, Sections, UnitSet};
+
+use crate::disks::Disk;
+use crate::interrupts::Interrupts;
+use crate::io::IoSpace;
+use crate::nics::Nic;
+use crate::runstate::RunState;
+use crate::vcpus::{Request, Vcpus};
+
+/// How long vCPUs and devices have to stand still for `stop`, reset or a migration.
+pub const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Devices, running or not. `None` only inside a change of state.
+enum Units {
+    Running(UnitSet<Running>),
+    Quiesced(UnitSet<Quiesced>),
+}
+
+/// What the life-cycle lock protects.
+struct Life {
+    state: RunState,
+    units: Option<Units>,
+    /// Run when the incoming migration has ended (`-S` and `stop` clear it, `cont` sets it).
+    autostart: bool,
+    /// Whether the guest ran when the migration's quiesce came, here or at the source.
+    ran: bool,
+    /// What the guest asked for while a migration held the machine still.
+    pending: Option<Request>,
+    /// Locks were given up for a hand-over.
+    locks_released: bool,
+}
+
+/// What of the machine itself moves with a migration.
+#[derive(Debug, Clone, Encode, Decode)]
+#[cbor(map)]
+struct MachineState {
+    #[n(0)]
+    running: bool,
+    /// 0 nothing, 1 a reset, 2 a power-off that the guest asked for and that was not done yet.
+    #[n(1)]
+    pending: u8,
+}
+
+impl SavedState for MachineState {
+    const KIND: &'static str = "machine";
+    const VERSION: u16 = 1;
+}
+
+/// The parts that `assemble` hands over.
+pub struct Parts {
+    pub spec: spec::Machine,
+    pub vm: Arc<dyn Vm>,
+    pub mem: GuestMemory,
+    pub io: Arc<IoSpace>,
+    pub interrupts: Arc<Interrupts>,
+    pub pci: Arc<PciRoot>,
+    pub pm: Arc<AcpiPm>,
+    pub vcpus: Vcpus,
+    /// vCPU 0's CPUID, for the preamble.
+    pub cpuid: Vec<CpuidEntry>,
+    pub units: UnitSet<Quiesced>,
+    pub virtio: Vec<Arc<VirtioPci>>,
+    pub disks: Vec<Disk>,
+    pub nics: Vec<Nic>,
+    pub events: EventBus,
+    pub requests: Sender<Request>,
+    pub incoming: bool,
+    /// Writes kernel, tables and boot data into memory, assigns PCI resources, sets vCPU 0 up.
+    pub power_on: PowerOn,
+}
+
+/// Brings memory, PCI and vCPUs to the state of power-on.
+pub type PowerOn = Box<dyn Fn(&Vcpus) -> Result<(), String> + Send + Sync>;
+
+/// A machine. All methods may be called from any thread but a vCPU's.
+pub struct Machine {
+    pub parts: Parts,
+    life: Mutex<Life>,
+    dirty: Arc<dyn DirtySource>,
+}
+
+impl Machine {
+    /// Takes the parts over; the machine is in [`RunState::Prelaunch`] or `Inmigrate`.
+    pub fn new(mut parts: Parts) -> Arc<Self> {
+        let empty = UnitSet::new(Vec::new());
+        let units = std::mem::replace(&mut parts.units, empty);
+        let state = if parts.incoming { RunState::Inmigrate } else { RunState::Prelaunch };
+        let life = Life {
+            state,
+            units: Some(Units::Quiesced(units)),
+            autostart: !parts.spec.process.paused,
+            ran: false,
+            pending: None,
+            locks_released: false,
+        };
+        let dirty = parts.vm.dirty(&parts.mem);
+        Arc::new(Self { parts, life: Mutex::new(life), dirty })
+    }
+
+    /// The run state now.
+    pub fn state(&self) -> RunState {
+        self.life.lock().state
+    }
+
+    /// Everything that writes guest memory.
+    pub fn dirty_sources(&self) -> Vec<Arc<dyn DirtySource>> {
+        vec![self.dirty.clone(), Arc::new(self.parts.mem.clone())]
+    }
+
+    fn emit(&self, event: &str, data: Option<serde_json::Value>) {
+        self.parts.events.emit(event, data);
+    }
+
+    /// Starts devices and vCPUs; both stand still now.
+    fn start(&self, life: &mut Life) {
+        self.start_devices(life);
+        self.parts.vcpus.run();
+        life.state = RunState::Running;
+    }
+
+    fn start_devices(&self, life: &mut Life) {
+        life.units = match life.units.take() {
+            Some(Units::Quiesced(units)) => Some(Units::Running(units.resume())),
+            other => other,
+        };
+    }
+
+    /// Stops vCPUs, then devices. On an error everything goes on as before.
+    fn still(&self, life: &mut Life, deadline: Instant) -> Result<(), String> {
+        let was_running = life.state == RunState::Running;
+        let result = self.parts.vcpus.pause(deadline).and_then(|()| match life.units.take() {
+            Some(Units::Running(units)) => match units.quiesce(deadline) {
+                Ok(units) => {
+                    life.units = Some(Units::Quiesced(units));
+                    Ok(())
+                }
+                Err((units, e)) => {
+                    life.units = Some(Units::Running(units));
+                    Err(e.to_string())
+                }
+            },
+            other => {
+                life.units = other;
+                Ok(())
+            }
+        });
+        if result.is_err() && was_running {
+            self.parts.vcpus.run();
+        }
+        result
+    }
+
+    /// `cont`.
+    pub fn cont(&self) -> Result<(), qapi::Error> {
+        let mut life = self.life.lock();
+        match life.state {
+            RunState::Running => Ok(()),
+            RunState::Prelaunch | RunState::Paused | RunState::IoError => {
+                self.parts.vcpus.with_all(|_, vcpu| vcpu.notify_paused());
+                self.start(&mut life);
+                self.emit("RESUME", None);
+                Ok(())
+            }
+            RunState::Inmigrate => {
+                life.autostart = true;
+                Ok(())
+            }
+            RunState::FinishMigrate => Err(qapi::Error::generic(
+                "The migration is handing the guest over; cancel it first",
+            )),
+            RunState::Postmigrate => Err(qapi::Error::generic(
+                "The guest was handed over to the destination and runs there; it cannot run here too",
+            )),
+            RunState::Shutdown | RunState::InternalError => {
+                Err(qapi::Error::generic("Resetting the Virtual Machine is required"))
+            }
+        }
+    }
+
+    /// `stop`.
+    pub fn stop(&self) -> Result<(), String> {
+        let mut life = self.life.lock();
+        match life.state {
+            RunState::Running => {
+                self.still(&mut life, Instant::now() + QUIESCE_TIMEOUT)?;
+                life.state = RunState::Paused;
+                self.emit("STOP", None);
+            }
+            RunState::Inmigrate => life.autostart = false,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Stops for good with `state`, after a power-off or an error.
+    pub fn halt(&self, state: RunState) {
+        let mut life = self.life.lock();
+        if life.state == RunState::Running {
+            if let Err(e) = self.still(&mut life, Instant::now() + QUIESCE_TIMEOUT) {
+                tracing::error!("stop: {e}");
+            }
+            self.emit("STOP", None);
+        }
+        life.state = state;
+    }
+
+    /// Resets the machine; it goes on if it ran. `guest`: the guest asked for it.
+    pub fn reset(&self, guest: bool, reason: &str) -> Result<(), String> {
+        let mut life = self.life.lock();
+        match life.state {
+            RunState::FinishMigrate => {
+                life.pending = Some(Request::Reset);
+                return Ok(());
+            }
+            RunState::Postmigrate => return Ok(()),
+            RunState::Inmigrate => return Err("An incoming migration is under way".into()),
+            _ => {}
+        }
+        let ran = life.state == RunState::Running;
+        self.still(&mut life, Instant::now() + QUIESCE_TIMEOUT)?;
+        if let Some(Units::Quiesced(units)) = &mut life.units {
+            units.reset();
+        }
+        (self.parts.power_on)(&self.parts.vcpus)?;
+        self.emit("RESET", Some(json!({"guest": guest, "reason": reason})));
+        match life.state {
+            _ if ran => self.start(&mut life),
+            RunState::Shutdown | RunState::InternalError => life.state = RunState::Paused,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Whether a request of the guest must wait for the end of a migration; it is kept then.
+    pub fn defer(&self, request: &Request) -> bool {
+        let mut life = self.life.lock();
+        let wait = matches!(life.state, RunState::FinishMigrate | RunState::Inmigrate);
+        if wait {
+            life.pending = Some(request.clone());
+        }
+        wait || life.state == RunState::Postmigrate
+    }
+
+    /// Presses the power button.
+    pub fn power_button(&self) {
+        self.parts.pm.press_power_button();
+        self.emit("POWERDOWN", None);
+    }
+
+    // What follows is the machine's side of a migration (`endpoint.rs` calls it).
+
+    /// Stops for the switchover.
+    pub fn quiesce_for_migration(&self, deadline: Instant) -> Result<(), String> {
+        let mut life = self.life.lock();
+        life.ran = life.state == RunState::Running;
+        match life.state {
+            RunState::Running | RunState::Paused | RunState::Prelaunch | RunState::Shutdown => {}
+            other => return Err(format!("a machine in state {} cannot be moved", other.name())),
+        }
+        let ran = life.ran;
+        self.still(&mut life, deadline)?;
+        life.state = RunState::FinishMigrate;
+        if ran {
+            self.emit("STOP", None);
+        }
+        Ok(())
+    }
+
+    /// All state of a machine that stands still, in load order.
+    pub fn save(&self) -> Result<Sections, String> {
+        let life = self.life.lock();
+        let Some(Units::Quiesced(units)) = &life.units else {
+            return Err("devices still run".into());
+        };
+        let pending = match life.pending {
+            Some(Request::Reset) => 1,
+            Some(Request::Shutdown) => 2,
+            _ => 0,
+        };
+        let machine = MachineState { running: life.ran, pending };
+        let mut sections = vec![Section::encode("machine", &machine).map_err(text)?];
+        sections.push(self.parts.vm.save_clock("clock").map_err(text)?);
+        for vcpu in self.parts.vcpus.with_all(|i, vcpu| vcpu.save(&format!("vcpu.{i}"))) {
+            sections.push(vcpu.map_err(text)?);
+        }
+        sections.push(self.parts.vm.save_irqchip("irqchip").map_err(text)?);
+        sections.extend(units.save().map_err(text)?.0);
+        Ok(Sections(sections))
+    }
+
+    /// Takes over the state of `sections`, all of it, and nothing may be left over.
+    pub fn load(&self, mut sections: Sections) -> Result<(), String> {
+        let mut life = self.life.lock();
+        let machine: MachineState =
+            sections.take("machine").and_then(|s| s.decode()).map_err(text)?;
+        let clock = sections.take("clock").map_err(text)?;
+        self.parts.vm.restore_clock(&clock).map_err(text)?;
+        let vcpus = (0..self.parts.vcpus.len())
+            .map(|i| sections.take(&format!("vcpu.{i}")))
+            .collect::<state::Result<Vec<_>>>()
+            .map_err(text)?;
+        let irqchip = sections.take("irqchip").map_err(text)?;
+        self.parts.vm.restore_irqchip(&irqchip).map_err(text)?;
+        for result in self.parts.vcpus.with_all(move |i, vcpu| vcpu.restore(&vcpus[i])) {
+            result.map_err(text)?;
+        }
+        match &mut life.units {
+            Some(Units::Quiesced(units)) => units.restore(sections).map_err(text)?,
+            _ => return Err("devices already run".into()),
+        }
+        life.ran = machine.running;
+        life.pending = match machine.pending {
+            0 => None,
+            1 => Some(Request::Reset),
+            2 => Some(Request::Shutdown),
+            other => return Err(format!("section machine: pending request {other} is unknown")),
+        };
+        Ok(())
+    }
+
+    /// Gives up the disk locks.
+    pub fn release_locks(&self) -> Result<(), String> {
+        self.life.lock().locks_released = true;
+        self.parts.disks.iter().try_for_each(Disk::release_locks)
+    }
+
+    /// Takes the disk locks; on an error those already taken are given up again.
+    pub fn acquire_locks(&self) -> Result<(), String> {
+        for (i, disk) in self.parts.disks.iter().enumerate() {
+            if let Err(e) = disk.acquire_locks() {
+                for taken in &self.parts.disks[..i] {
+                    let _ = taken.release_locks();
+                }
+                return Err(e);
+            }
+        }
+        self.life.lock().locks_released = false;
+        Ok(())
+    }
+
+    /// Source: goes on after a migration that did not happen.
+    pub fn resume_after_migration(&self) -> Result<(), String> {
+        if self.life.lock().locks_released {
+            self.acquire_locks()?;
+        }
+        let mut life = self.life.lock();
+        if life.state != RunState::FinishMigrate {
+            return Ok(());
+        }
+        let pending = life.pending.take();
+        if life.ran {
+            self.start(&mut life);
+            self.emit("RESUME", None);
+        } else {
+            life.state = RunState::Paused;
+        }
+        drop(life);
+        self.replay(pending);
+        Ok(())
+    }
+
+    /// Source: the guest runs elsewhere.
+    pub fn handed_over(&self) {
+        self.life.lock().state = RunState::Postmigrate;
+    }
+
+    /// Destination: vCPUs run if they ran at the source; devices stand still.
+    pub fn run_held(&self) {
+        let life = self.life.lock();
+        if life.ran && life.autostart {
+            self.parts.vcpus.with_all(|_, vcpu| vcpu.notify_paused());
+            self.parts.vcpus.run();
+        }
+    }
+
+    /// Destination: devices go on, NICs announce themselves.
+    pub fn release_output(&self) {
+        let mut life = self.life.lock();
+        let pending = life.pending.take();
+        if life.ran && life.autostart {
+            // The vCPUs run since run_held; a `stop` meanwhile has only cleared autostart.
+            self.start_devices(&mut life);
+            life.state = RunState::Running;
+            self.parts.virtio.iter().for_each(|v| v.arrived());
+            self.emit("RESUME", None);
+        } else {
+            if life.ran
+                && let Err(e) = self.still(&mut life, Instant::now() + QUIESCE_TIMEOUT)
+            {
+                tracing::error!("stop after migration: {e}");
+            }
+            life.state = RunState::Paused;
+        }
+        drop(life);
+        self.replay(pending);
+    }
+
+    fn replay(&self, pending: Option<Request>) {
+        if let Some(request) = pending {
+            let _ = self.parts.requests.send(request);
+        }
+    }
+
+    /// Names, kinds and versions of all sections that a save will hold.
+    pub fn manifest(&self) -> Vec<(String, &'static str, u16)> {
+        let life = self.life.lock();
+        match &life.units {
+            Some(Units::Running(units)) => units.manifest(),
+            Some(Units::Quiesced(units)) => units.manifest(),
+            None => Vec::new(),
+        }
+    }
+
+    /// Every reason why the devices cannot be migrated.
+    pub fn blockers(&self) -> Vec<String> {
+        let life = self.life.lock();
+        match &life.units {
+            Some(Units::Running(units)) => units.migration_blockers(),
+            Some(Units::Quiesced(units)) => units.migration_blockers(),
+            None => Vec::new(),
+        }
+    }
+}
+
+fn text(e: impl std::fmt::Display) -> String {
+    e.to_string()
+}
