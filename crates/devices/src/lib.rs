@@ -5,8 +5,10 @@
 //! - [`irq`]: interrupt lines, MSI vectors, doorbells; implemented by `vmm`.
 //! - [`pci`]: functions, configuration space, MSI-X, the root, root ports.
 //! - [`shared`]: devices behind an `Arc` as units of the machine.
+//! - [`virtio_pci`]: any virtio device as a PCI function.
 
 pub mod bus;
 pub mod irq;
 pub mod pci;
 pub mod shared;
+pub mod virtio_pci;

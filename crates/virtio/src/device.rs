@@ -77,7 +77,9 @@ pub trait VirtioDevice: Send {
     fn read_config(&self, offset: u32, data: &mut [u8]);
     /// Writes configuration space; writes that mean nothing are ignored.
     fn write_config(&mut self, offset: u32, data: &[u8]);
-    /// Tells the negotiated features (before any queue starts) and how to raise events.
+    /// Tells the negotiated features (before any queue starts) and how to raise events. At a
+    /// migration's destination it comes after [`restore`](Self::restore), and keeps what that
+    /// restored. It is not called again when queues stop and go on.
     fn activate(&mut self, features: u64, events: Arc<dyn ConfigEvents>) -> Result<(), String>;
     /// Hands queue `index` over. From now on the device serves it. The first look at the ring
     /// must not wait for a kick: kicks may have come while nobody served it.
@@ -91,7 +93,9 @@ pub trait VirtioDevice: Send {
     fn state_kind(&self) -> (&'static str, u16);
     /// Saves device state as the CBOR bytes of its [`state::SavedState`]; queues are stopped.
     fn save(&self) -> state::Result<Vec<u8>>;
-    /// Restores device state; it is untrusted. Queues are started afterwards by the transport.
+    /// Restores device state; it is untrusted. The device was reset before. Afterwards the
+    /// transport calls [`activate`](Self::activate) if the driver had come so far, and then starts
+    /// queues.
     fn restore(&mut self, kind: &str, version: u16, payload: &[u8]) -> state::Result<()>;
     /// Why it cannot be migrated, if so.
     fn migration_blocker(&self) -> Option<String>;
