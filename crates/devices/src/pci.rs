@@ -6,18 +6,21 @@
 //! - [`msix`]: [`Msix`], the vector table and pending bits.
 //! - [`root`]: [`PciRoot`], the tree of functions and the guest's ways to them.
 //! - [`assign`]: placing BARs and bridge windows where there is no firmware.
+//! - [`root_port`]: [`RootPort`], a PCIe slot.
 
 pub mod assign;
 pub mod config;
 pub mod device;
 pub mod msix;
 pub mod root;
+pub mod root_port;
 
 pub use assign::Windows;
 pub use config::{ConfigSpace, ConfigState, Ident};
 pub use device::{BarInfo, BarKind, BridgeInfo, PciDevice, Window};
 pub use msix::{Msix, MsixLayout, MsixState};
 pub use root::{FunctionInfo, PciError, PciRoot};
+pub use root_port::RootPort;
 
 /// Where a function is: bus, slot (device) 0..=31, function 0..=7.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
