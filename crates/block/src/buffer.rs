@@ -121,6 +121,23 @@ impl Buffer {
         Ok(())
     }
 
+    /// Starts anew with the iovecs that `fill` appends (it returns how many bytes they hold),
+    /// keeping the allocation.
+    ///
+    /// # Safety
+    /// Every iovec must lie in RAM of `mem`, which the buffer keeps alive.
+    pub unsafe fn refill_iovecs(
+        &mut self,
+        mem: &GuestMemory,
+        fill: impl FnOnce(&mut Vec<libc::iovec>) -> u32,
+    ) {
+        self.clear();
+        if !self.mem.as_ref().is_some_and(|m| m.is_same(mem)) {
+            self.mem = Some(mem.clone());
+        }
+        self.len = fill(&mut self.iov) as usize;
+    }
+
     /// Forgets all pieces.
     pub fn clear(&mut self) {
         self.iov.clear();

@@ -4,6 +4,7 @@
 //! - [`bus`]: what a device on an I/O bus is, and the bus.
 //! - [`irq`]: interrupt lines, MSI vectors, doorbells; implemented by `vmm`.
 //! - [`pci`]: functions, configuration space, MSI-X, the root, root ports.
+//! - [`virtio_blk`]: virtio-blk.
 //! - [`shared`]: devices behind an `Arc` as units of the machine.
 //! - [`virtio_pci`]: any virtio device as a PCI function.
 
@@ -11,4 +12,6 @@ pub mod bus;
 pub mod irq;
 pub mod pci;
 pub mod shared;
+pub mod virtio_blk;
 pub mod virtio_pci;
+mod virtio_worker;
