@@ -19,8 +19,11 @@ pub mod endpoint;
 pub mod events;
 pub mod info;
 pub mod params;
+pub mod session;
 pub mod source;
 pub mod uri;
+pub mod wire;
+mod zero;
 
 pub use endpoint::{DeviceSpec, Endpoint, Preamble};
 pub use events::{Events, NoEvents};

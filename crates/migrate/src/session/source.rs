@@ -1,0 +1,402 @@
+//! The sending side of the protocol.
+//!
+//! ```text
+//!  Start -> Hello -> Preamble -> Ram -> Round <-> Planning -> Quiescing -> Final -> Locks -> Going
+//!    any of these: failure or cancel -> (resume if stopped) -> Ended            no way back |
+//!                                                                                           v
+//!                Ended(handed over) <- Releasing <------------------------ Running ---------+
+//!                Ended(resumed)     <- Failed, or the destination's process is gone --------+
+//!                Ended(unknown: stays paused) <- it cannot be asked in time ----------------+
+//! ```
+//! Going and Releasing have a link that is up, down (being connected again), or asking.
+
+use std::time::Duration;
+
+use state::Sections;
+
+use super::{HELLO_PATIENCE, PREPARE_PATIENCE, RESOLVE_PATIENCE, STOPPED_PATIENCE};
+use crate::wire::{Hello, MAX_STATE_BYTES, Msg, Resolution, Role, SessionId};
+use crate::{Error, Preamble, Result};
+
+/// What happened.
+#[derive(Debug, Clone)]
+pub enum Input {
+    /// The first control connection is up.
+    Connected,
+    /// A message came on the control connection that is current.
+    Msg(Msg),
+    /// The control connection ended, or what came on it was malformed.
+    ControlLost(Error),
+    /// The RAM connections are up.
+    RamUp,
+    /// A RAM connection failed.
+    RamLost(Error),
+    /// All of the round, its end mark included, was written.
+    RoundSent,
+    /// What the planner says after a round.
+    Plan(Plan),
+    /// The machine stands still, or would not.
+    Quiesced(std::result::Result<(), String>),
+    /// The machine's state.
+    Saved(std::result::Result<Sections, String>),
+    /// The disk locks are free.
+    LocksReleased(std::result::Result<(), String>),
+    /// A new control connection to the same address is up.
+    Reconnected,
+    /// The address refuses connections: the destination's process is gone.
+    Gone,
+    /// [`Source::patience`] ran out.
+    Timeout,
+    /// The machine at this end failed (reading dirty logs).
+    MachineFailed(String),
+    /// The operator wants it to end.
+    Cancel,
+}
+
+/// What the planner wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Plan {
+    /// One more round while the guest runs.
+    Again,
+    /// Stop the guest and finish.
+    Switch,
+}
+
+/// What the driver shall do.
+#[derive(Debug, Clone)]
+pub enum Output {
+    Send(Msg),
+    /// Connect the RAM channels: then [`Input::RamUp`] or [`Input::RamLost`].
+    OpenRam,
+    /// Send every pending page as round .0; `last` when the guest stands still. Returns at once;
+    /// [`Input::RoundSent`] comes when it is written.
+    Round {
+        number: u64,
+        last: bool,
+    },
+    /// The round was acknowledged: its pages are clean unless dirtied again.
+    Acked,
+    /// Ask the planner: then [`Input::Plan`].
+    Plan,
+    /// Stop the machine: then [`Input::Quiesced`].
+    Quiesce,
+    /// Save the machine: then [`Input::Saved`].
+    Save,
+    /// Give up the disk locks: then [`Input::LocksReleased`].
+    ReleaseLocks,
+    /// Connect the control channel again, within [`RESOLVE_PATIENCE`] of the first loss: then
+    /// [`Input::Reconnected`], [`Input::Gone`] or [`Input::Timeout`].
+    Reconnect,
+    /// Let the machine go on here.
+    Resume,
+    /// The machine is the other side's for good.
+    HandOver,
+    /// It is over.
+    End(Result<()>),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Link {
+    Up,
+    Down,
+    Asking,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Start,
+    Hello,
+    Preamble,
+    Ram,
+    Round { number: u64, sent: bool, acked: bool },
+    Planning { next: u64 },
+    Quiescing { next: u64 },
+    Final { ram: bool, saved: bool },
+    Locks,
+    Going(Link),
+    Releasing(Link),
+    Ended,
+}
+
+/// The sending side.
+#[derive(Debug)]
+pub struct Source {
+    state: State,
+    session: SessionId,
+    preamble: Option<Preamble>,
+    channels: u16,
+    stopped: bool,
+    losses: u32,
+}
+
+/// Losses of the control connection after go that are borne before giving up.
+const MAX_LOSSES: u32 = 16;
+
+impl Source {
+    /// A session that will send `preamble` and use `channels` RAM connections.
+    pub fn new(session: SessionId, preamble: Preamble, channels: u16) -> Self {
+        let preamble = Some(preamble);
+        Self { state: State::Start, session, preamble, channels, stopped: false, losses: 0 }
+    }
+
+    /// How long this state may last before [`Input::Timeout`] is due.
+    pub fn patience(&self) -> Option<Duration> {
+        match self.state {
+            State::Hello | State::Ram => Some(HELLO_PATIENCE),
+            State::Preamble => Some(PREPARE_PATIENCE),
+            State::Final { .. } => Some(STOPPED_PATIENCE),
+            State::Going(_) | State::Releasing(_) => Some(RESOLVE_PATIENCE),
+            _ => None,
+        }
+    }
+
+    /// Whether go was sent: from then on it cannot be cancelled.
+    pub fn past_go(&self) -> bool {
+        matches!(self.state, State::Going(_) | State::Releasing(_))
+    }
+
+    /// Whether it is over.
+    pub fn ended(&self) -> bool {
+        self.state == State::Ended
+    }
+
+    /// Takes in what happened; says what to do.
+    pub fn step(&mut self, input: Input) -> Vec<Output> {
+        match self.state {
+            State::Ended => vec![],
+            State::Going(link) => self.going(link, input),
+            State::Releasing(link) => self.releasing(link, input),
+            _ => self.before_go(input),
+        }
+    }
+
+    fn before_go(&mut self, input: Input) -> Vec<Output> {
+        match (self.state, input) {
+            (_, Input::Cancel) => self.abort(Error::Cancelled),
+            (_, Input::ControlLost(e) | Input::RamLost(e)) => self.abort(e),
+            (_, Input::MachineFailed(e)) => self.abort(Error::Machine(e)),
+            (_, Input::Timeout) => self.abort(self.timeout()),
+            (_, Input::Msg(Msg::Abort(why) | Msg::Failed(why))) => self.abort(Error::Peer(why)),
+            (State::Hello | State::Preamble, Input::Msg(Msg::Refuse(why))) => {
+                self.abort(Error::Refused(why))
+            }
+            (State::Start, Input::Connected) => {
+                self.state = State::Hello;
+                vec![Output::Send(Msg::Hello(Hello::new(self.session, Role::Control)))]
+            }
+            (State::Hello, Input::Msg(Msg::HelloAck(_))) => self.send_preamble(),
+            (State::Preamble, Input::Msg(Msg::Accept)) => {
+                self.state = State::Ram;
+                vec![Output::OpenRam]
+            }
+            (State::Ram, Input::RamUp) => self.round(1),
+            (State::Round { number, acked, .. }, Input::RoundSent) => {
+                self.round_part(number, true, acked)
+            }
+            (State::Round { number, sent, acked: false }, Input::Msg(Msg::RoundAck(n)))
+                if n == number =>
+            {
+                self.round_part(number, sent, true)
+            }
+            (State::Planning { next }, Input::Plan(Plan::Again)) => self.round(next),
+            (State::Planning { next }, Input::Plan(Plan::Switch)) => {
+                self.state = State::Quiescing { next };
+                self.stopped = true;
+                vec![Output::Quiesce]
+            }
+            (State::Quiescing { next }, Input::Quiesced(Ok(()))) => {
+                self.state = State::Final { ram: false, saved: false };
+                vec![Output::Round { number: next, last: true }, Output::Save]
+            }
+            (State::Quiescing { .. }, Input::Quiesced(Err(e))) => self.abort(Error::Machine(e)),
+            (State::Final { saved, .. }, Input::RoundSent) => {
+                self.state = State::Final { ram: true, saved };
+                vec![]
+            }
+            (State::Final { ram, .. }, Input::Saved(Ok(sections))) => {
+                self.state = State::Final { ram, saved: true };
+                self.send_state(sections)
+            }
+            (State::Final { .. }, Input::Saved(Err(e))) => self.abort(Error::Machine(e)),
+            // Ready can overtake our own RoundSent, for the peer has read before we looked.
+            (State::Final { saved: true, .. }, Input::Msg(Msg::Ready(_))) => {
+                self.state = State::Locks;
+                vec![Output::Acked, Output::ReleaseLocks]
+            }
+            (State::Locks, Input::LocksReleased(Ok(()))) => {
+                self.state = State::Going(Link::Up);
+                vec![Output::Send(Msg::Go)]
+            }
+            (State::Locks, Input::LocksReleased(Err(e))) => self.abort(Error::Machine(e)),
+            (State::Locks, Input::RoundSent) => vec![],
+            (_, Input::Msg(m)) => self.abort(unexpected(&m)),
+            _ => vec![],
+        }
+    }
+
+    fn send_preamble(&mut self) -> Vec<Output> {
+        self.state = State::Preamble;
+        let preamble = self.preamble.take();
+        preamble.map(|p| vec![Output::Send(Msg::Preamble(p, self.channels))]).unwrap_or_default()
+    }
+
+    fn round(&mut self, number: u64) -> Vec<Output> {
+        self.state = State::Round { number, sent: false, acked: false };
+        vec![Output::Round { number, last: false }]
+    }
+
+    fn round_part(&mut self, number: u64, sent: bool, acked: bool) -> Vec<Output> {
+        if sent && acked {
+            self.state = State::Planning { next: number + 1 };
+            return vec![Output::Acked, Output::Plan];
+        }
+        self.state = State::Round { number, sent, acked };
+        vec![]
+    }
+
+    fn send_state(&mut self, sections: Sections) -> Vec<Output> {
+        let bytes: usize = sections.0.iter().map(|s| s.payload.len() + s.name.len()).sum();
+        if bytes > MAX_STATE_BYTES || sections.0.len() > state::section::MAX_SECTIONS {
+            return self.abort(Error::Machine(format!(
+                "the device state has {} sections with {bytes} bytes; at most {} and \
+                 {MAX_STATE_BYTES} can be sent",
+                sections.0.len(),
+                state::section::MAX_SECTIONS
+            )));
+        }
+        let count = sections.0.len() as u32;
+        let mut out: Vec<_> =
+            sections.0.into_iter().map(|s| Output::Send(Msg::Section(s))).collect();
+        out.push(Output::Send(Msg::StateEnd(count)));
+        out
+    }
+
+    fn timeout(&self) -> Error {
+        let what = match self.state {
+            State::Hello => "answer the greeting",
+            State::Preamble => "say whether this machine fits",
+            State::Ram => "take the memory connections",
+            _ => "take over the last pages and the device state",
+        };
+        let seconds = self.patience().unwrap_or_default().as_secs();
+        Error::Lost(format!("the destination did not {what} within {seconds} s"))
+    }
+
+    /// Ends before go: the guest stays here.
+    fn abort(&mut self, why: Error) -> Vec<Output> {
+        let told = matches!(why, Error::Peer(_) | Error::Refused(_)) || self.state == State::Start;
+        self.state = State::Ended;
+        let mut out = Vec::new();
+        if self.stopped {
+            out.push(Output::Resume);
+        }
+        if !told {
+            out.push(Output::Send(Msg::Abort(why.to_string())));
+        }
+        out.push(Output::End(Err(why)));
+        out
+    }
+
+    fn going(&mut self, link: Link, input: Input) -> Vec<Output> {
+        match (link, input) {
+            (Link::Up, Input::Msg(Msg::Running(_)))
+            | (Link::Asking, Input::Msg(Msg::Resolution(Resolution::Running))) => {
+                self.state = State::Releasing(Link::Up);
+                vec![Output::HandOver, Output::Send(Msg::Release)]
+            }
+            // A destination that aborts has discarded its machine: go changes nothing there.
+            (Link::Up, Input::Msg(Msg::Failed(why) | Msg::Abort(why)))
+            | (Link::Asking, Input::Msg(Msg::Resolution(Resolution::Failed(why)))) => {
+                self.take_back(Error::Peer(why))
+            }
+            (Link::Asking, Input::Msg(Msg::Resolution(Resolution::NotGone))) => {
+                self.state = State::Going(Link::Up);
+                vec![Output::Send(Msg::Go)]
+            }
+            (Link::Asking, Input::Msg(Msg::Resolution(Resolution::Going))) => {
+                self.state = State::Going(Link::Up);
+                vec![]
+            }
+            (Link::Down, Input::Reconnected) => {
+                self.state = State::Going(Link::Asking);
+                self.ask()
+            }
+            (Link::Down, Input::Gone) => self.take_back(Error::Lost(
+                "the destination's process ended before the guest was handed over; the guest \
+                 goes on here"
+                    .into(),
+            )),
+            (Link::Down | Link::Asking, Input::Timeout)
+            | (Link::Asking, Input::Msg(Msg::Resolution(_))) => self.unknown(
+                "the connection was lost at the hand-over and the destination cannot be asked \
+                 whether the guest runs there. The guest stays paused here. Only if it does not \
+                 run there, let it go on here with cont",
+            ),
+            (Link::Up, Input::Timeout)
+            | (Link::Up | Link::Asking, Input::ControlLost(_) | Input::Msg(_)) => {
+                self.lost(State::Going(Link::Down))
+            }
+            _ => vec![],
+        }
+    }
+
+    fn releasing(&mut self, link: Link, input: Input) -> Vec<Output> {
+        match (link, input) {
+            (Link::Up, Input::Msg(Msg::Released))
+            | (Link::Asking, Input::Msg(Msg::Resolution(Resolution::Released))) => {
+                self.state = State::Ended;
+                vec![Output::Send(Msg::Bye), Output::End(Ok(()))]
+            }
+            (Link::Asking, Input::Msg(Msg::Resolution(Resolution::Running))) => {
+                self.state = State::Releasing(Link::Up);
+                vec![Output::Send(Msg::Release)]
+            }
+            (Link::Down, Input::Reconnected) => {
+                self.state = State::Releasing(Link::Asking);
+                self.ask()
+            }
+            (Link::Down, Input::Gone | Input::Timeout)
+            | (Link::Asking, Input::Timeout | Input::Msg(Msg::Resolution(_))) => self.unknown(
+                "the guest was handed over, but the destination did not confirm that it lets \
+                 the guest's output out, and cannot be asked. It never runs here again by \
+                 itself; look at the destination",
+            ),
+            (Link::Up, Input::Timeout)
+            | (Link::Up | Link::Asking, Input::ControlLost(_) | Input::Msg(_)) => {
+                self.lost(State::Releasing(Link::Down))
+            }
+            _ => vec![],
+        }
+    }
+
+    fn ask(&self) -> Vec<Output> {
+        vec![Output::Send(Msg::Hello(Hello::new(self.session, Role::Resolve)))]
+    }
+
+    /// The control connection is of no use any more: a new one.
+    fn lost(&mut self, down: State) -> Vec<Output> {
+        self.losses += 1;
+        if self.losses > MAX_LOSSES {
+            return self.unknown(
+                "the connection was lost again and again at the hand-over; whether the guest \
+                 runs at the destination is not known. The guest stays paused here",
+            );
+        }
+        self.state = down;
+        vec![Output::Reconnect]
+    }
+
+    fn take_back(&mut self, why: Error) -> Vec<Output> {
+        self.state = State::Ended;
+        vec![Output::Resume, Output::End(Err(why))]
+    }
+
+    fn unknown(&mut self, why: &str) -> Vec<Output> {
+        self.state = State::Ended;
+        vec![Output::End(Err(Error::Unknown(why.into())))]
+    }
+}
+
+fn unexpected(m: &Msg) -> Error {
+    Error::Protocol(format!("the destination sent '{}' out of order", m.name()))
+}
