@@ -8,10 +8,13 @@
 //! - [`shared`]: devices behind an `Arc` as units of the machine.
 //! - [`virtio_pci`]: any virtio device as a PCI function.
 
+pub mod acpi_pm;
 pub mod bus;
+pub mod chipset;
 pub mod irq;
 pub mod pci;
 pub mod shared;
+mod timer;
 pub mod virtio_blk;
 pub mod virtio_pci;
 mod virtio_worker;

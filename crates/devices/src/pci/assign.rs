@@ -133,10 +133,10 @@ impl Assigner<'_> {
             self.bar(n, b)?;
         }
         for n in tree.on_bus(bus) {
-            let pin = read16(&n.device, reg::INTERRUPT_LINE) >> 8;
-            if pin != 0 {
-                let line = gsi(n.slot, pin as u8) as u8;
-                write(&n.device, reg::INTERRUPT_LINE, &[line]);
+            let [line, pin] = read16(&n.device, reg::INTERRUPT_LINE).to_le_bytes();
+            // A function with a line already has it wired so.
+            if pin != 0 && line == 0 {
+                write(&n.device, reg::INTERRUPT_LINE, &[gsi(n.slot, pin) as u8]);
             }
             if n.device.bridge().is_some() {
                 self.bridge(n, number, &|slot, pin| gsi(n.slot, swizzle(slot, pin)))?;
