@@ -421,6 +421,14 @@ impl PciRoot {
         map.functions.iter().find(|f| f.device.name() == name).map(|f| bdf(f.place))
     }
 
+    /// Where the function called `name` is plugged in, as bus name, slot and function: unlike
+    /// [`find`](Self::find) it does not change when the guest numbers its buses anew.
+    pub fn place(&self, name: &str) -> Option<String> {
+        let tree = self.tree.lock();
+        let n = tree.nodes.iter().find(|n| n.device.name() == name)?;
+        Some(format!("{}:{:02x}.{:x}", tree.buses[n.bus].name, n.slot, n.function))
+    }
+
     /// The GSI that INTx pin `pin` (1..=4) of a function at (`slot`) of the bus called `bus` comes
     /// out at.
     ///
