@@ -36,7 +36,8 @@ pub struct Region {
     pub size: u64,
     /// Address of its first byte in this process.
     pub host: usize,
-    /// The file or memfd behind it and the offset in bytes, if any.
+    /// The file or memfd that holds its bytes and the offset in it; `None` when other mappers of
+    /// a file would not see the guest's writes (anonymous memory, private mappings).
     pub file: Option<(Arc<File>, u64)>,
     /// Page size in bytes of the backing (4 KiB, or a huge page's).
     pub page_size: u64,
@@ -97,7 +98,9 @@ impl GuestMemory {
     pub fn new(specs: &[RegionSpec], backing: &Backing) -> Result<Self> {
         let mut end = 0;
         for s in specs {
-            let bad = s.size == 0 || s.gpa % PAGE_SIZE != 0 || s.size % PAGE_SIZE != 0;
+            let bad = s.size == 0
+                || !s.gpa.is_multiple_of(PAGE_SIZE)
+                || !s.size.is_multiple_of(PAGE_SIZE);
             if bad || s.gpa < end || s.gpa.checked_add(s.size).is_none() {
                 return Err(Error::Layout(format!(
                     "RAM at {:#x}, {:#x} bytes: must be ascending, whole 4 KiB pages",
@@ -119,7 +122,8 @@ impl GuestMemory {
                 gpa: s.gpa,
                 size: s.size,
                 host: map.as_ptr() as usize,
-                file: file.clone().map(|f| (f, offset)),
+                // A private mapping's pages are not in the file: nobody may look for them there.
+                file: file.clone().filter(|_| backing.share).map(|f| (f, offset)),
                 page_size,
             });
             let guest = GuestRegionMmap::new(map, GuestAddress(s.gpa))
@@ -277,7 +281,7 @@ impl GuestMemory {
     }
 
     fn aligned(&self, gpa: u64, size: u64) -> Result<*mut u8> {
-        if gpa % size != 0 {
+        if !gpa.is_multiple_of(size) {
             return Err(Error::Unaligned { addr: gpa, align: size });
         }
         self.ptr(gpa, size)

@@ -39,7 +39,7 @@ impl Area {
         len: usize,
         align: u64,
     ) -> Result<Self, RingError> {
-        if gpa % align != 0 {
+        if !gpa.is_multiple_of(align) {
             return Err(RingError::Unaligned { part, addr: gpa, align });
         }
         let slice = mem.slice(gpa, len).map_err(|_| RingError::Address {
@@ -47,7 +47,7 @@ impl Area {
             addr: gpa,
             len: len as u64,
         })?;
-        if slice.as_ptr() as u64 % align != 0 {
+        if !(slice.as_ptr() as u64).is_multiple_of(align) {
             return Err(RingError::Unaligned { part, addr: gpa, align });
         }
         Ok(Self { host: slice.as_ptr(), gpa, len })

@@ -321,6 +321,9 @@ fn copies_go_across_buffers() {
     assert_eq!(chain.fill_zero_at(1, 100), 5);
 }
 
+/// The reason, and what the driver does.
+type Broken<'a> = (RingError, &'a dyn Fn(&DriverRing));
+
 /// Every rule that a driver can break, with the reason that is given.
 #[test]
 fn broken_rules_are_named() {
@@ -333,7 +336,7 @@ fn broken_rules_are_named() {
         d
     };
     let set = |d: &DriverRing, at: u64, bytes: [u8; 16]| d.mem.write(at, &bytes).unwrap();
-    let cases: &[(RingError, &dyn Fn(&DriverRing))] = &[
+    let cases: &[Broken<'_>] = &[
         (RingError::ChainTooLong, &|d| set(d, 0, desc(DATA, 1, 1, 0))),
         (RingError::DescriptorIndex { index: 9, size: 8 }, &|d| set(d, 0, desc(DATA, 1, 1, 9))),
         (RingError::IndirectNested, &|d| set(d, 0, desc(TABLES, 16, 5, 0))),

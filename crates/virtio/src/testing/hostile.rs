@@ -101,7 +101,7 @@ fn play(mut ring: Ring, driver: &DriverRing, byte: &mut dyn FnMut() -> Option<u8
             _ => {
                 let at = u64::from(byte().unwrap_or(0)) * 2 * u64::from(op >> 3 | 1);
                 let v = u16::from_le_bytes([byte().unwrap_or(0), byte().unwrap_or(0)]);
-                driver.put_u16(at % 0xf000 & !1, v);
+                driver.put_u16((at % 0xf000) & !1, v);
             }
         }
         assert!(taken.len() + before.min(limit) <= limit.max(before), "more taken than entries");
