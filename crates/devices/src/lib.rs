@@ -5,14 +5,19 @@
 //! - [`irq`]: interrupt lines, MSI vectors, doorbells; implemented by `vmm`.
 //! - [`pci`]: functions, configuration space, MSI-X, the root, root ports.
 //! - [`virtio_blk`]: virtio-blk.
+//! - [`chipset`], [`acpi_pm`], [`i8042`], [`rtc`], [`serial`], [`debugcon`]: what a PC has.
 //! - [`shared`]: devices behind an `Arc` as units of the machine.
 //! - [`virtio_pci`]: any virtio device as a PCI function.
 
 pub mod acpi_pm;
 pub mod bus;
 pub mod chipset;
+pub mod debugcon;
+pub mod i8042;
 pub mod irq;
 pub mod pci;
+pub mod rtc;
+pub mod serial;
 pub mod shared;
 mod timer;
 pub mod virtio_blk;
