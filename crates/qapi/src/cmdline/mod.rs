@@ -1,6 +1,32 @@
 //! QEMU's command line, parsed into a [`spec::Machine`].
+//!
+//! - `options`: the table of all options and what becomes of each.
+//! - `keyval`, `value`, `suggest`: the grammar of option values.
+//! - `machine`, `object`, `block`, `net`, `device`, `chardev`, `process`: one option family each.
+//! - `finish`: default devices and checks across options, when all are read.
+//!
+//! Invariants: every word is either understood, taken with a warning line because it changes
+//! nothing here, or refused by name. Nothing is dropped silently.
+
+mod block;
+mod chardev;
+mod device;
+mod finish;
+pub mod keyval;
+mod machine;
+mod net;
+mod object;
+pub mod options;
+mod process;
+mod suggest;
+pub mod value;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
 
 use spec::Machine;
+
+pub use device::{DRIVERS, HARMLESS_DRIVERS};
 
 /// What a command line asks for.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,6 +43,11 @@ pub enum CmdlineError {
     /// No such option.
     #[error("{option}: unknown option{hint}")]
     UnknownOption { option: String, hint: String },
+    /// A word that belongs to no option.
+    #[error(
+        "'{word}' is not an option; a disk is given as -drive file={word},if=virtio,format=raw"
+    )]
+    StrayWord { word: String },
     /// The option needs a value and is the last word.
     #[error("{option}: requires an argument")]
     MissingValue { option: String },
@@ -25,12 +56,107 @@ pub enum CmdlineError {
     Invalid { option: String, message: String },
 }
 
-/// Parses the arguments after the program's name.
+/// Why an option's code stopped the parser.
+enum Stop {
+    Error(CmdlineError),
+    /// `... help`: print this instead of running.
+    Print(String),
+}
+
+impl From<CmdlineError> for Stop {
+    fn from(e: CmdlineError) -> Self {
+        Self::Error(e)
+    }
+}
+
+type Taken = Result<(), Stop>;
+
+/// Parses the arguments after the program's name. A short second form of each option with two
+/// dashes is taken too, as in QEMU. Reads no file but the first bytes of an image whose format is
+/// not given.
 pub fn parse(args: &[String]) -> Result<Parsed, CmdlineError> {
-    match args.first() {
-        None => Ok(Parsed::Machine(Box::default())),
-        Some(option) => {
-            Err(CmdlineError::UnknownOption { option: option.clone(), hint: String::new() })
+    let mut builder = Builder::default();
+    match builder.read(args).and_then(|()| builder.finish()) {
+        Ok(()) => Ok(Parsed::Machine(Box::new(builder.machine))),
+        Err(Stop::Print(text)) => Ok(Parsed::Print(text)),
+        Err(Stop::Error(e)) => Err(e),
+    }
+}
+
+/// What has been read so far, and what is needed only until the end.
+#[derive(Default)]
+struct Builder {
+    machine: Machine,
+    no_defaults: bool,
+    nographic: bool,
+    /// `-display none` was given.
+    headless: bool,
+    /// Accelerators named, in order.
+    accels: Vec<String>,
+    memory_given: bool,
+    /// `-serial` words, in order.
+    serials: Vec<String>,
+    /// `-monitor`, `-qmp` and `-qmp-pretty` words: option, word.
+    monitor_words: Vec<(String, String)>,
+    /// A monitor was asked for (or off) by any option.
+    monitor_given: bool,
+    /// rng objects: id and file.
+    rngs: HashMap<String, PathBuf>,
+    drives: Vec<block::Drive>,
+    /// Devices whose references are checked at the end, with the option text for messages.
+    parsed_devices: Vec<device::Pending>,
+    nics: Vec<(spec::NetBackend, device::Pending)>,
+    object_ids: Vec<String>,
+    node_counter: u32,
+    stdio_option: Option<String>,
+}
+
+impl Builder {
+    fn read(&mut self, args: &[String]) -> Taken {
+        let mut words = args.iter();
+        while let Some(word) = words.next() {
+            let Some(name) = word.strip_prefix('-').filter(|n| !n.is_empty()) else {
+                return Err(CmdlineError::StrayWord { word: word.clone() }.into());
+            };
+            let name = name.strip_prefix('-').unwrap_or(name);
+            let option = options::find(name).ok_or_else(|| {
+                let names = options::OPTIONS.iter().map(|o| o.name);
+                CmdlineError::UnknownOption {
+                    option: word.clone(),
+                    hint: suggest::hint(name, names, "-"),
+                }
+            })?;
+            let argument = match option.argument {
+                None => "",
+                Some(_) => words
+                    .next()
+                    .ok_or_else(|| CmdlineError::MissingValue { option: word.clone() })?,
+            };
+            self.take(option, word, argument)?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, option: &options::OptionSpec, word: &str, argument: &str) -> Taken {
+        match option.action {
+            options::Action::Run(run) => run(self, word, argument),
+            options::Action::Nothing => Ok(()),
+            options::Action::Warn(why) => {
+                self.warn(format!("{word} is ignored: {why}"));
+                Ok(())
+            }
+            options::Action::Refuse(why) => Err(invalid(word, why)),
         }
     }
+
+    /// One warning line; the same line is not repeated.
+    fn warn(&mut self, line: String) {
+        if !self.machine.warnings.contains(&line) {
+            self.machine.warnings.push(line);
+        }
+    }
+}
+
+fn invalid(option: &str, message: impl Into<String>) -> Stop {
+    Stop::Error(CmdlineError::Invalid { option: option.into(), message: message.into() })
 }

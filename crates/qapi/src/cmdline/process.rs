@@ -1,0 +1,238 @@
+//! Options about the process and the world around the VM: `-name`, `-uuid`, `-rtc`, `-incoming`,
+//! logs, actions, and small ones that change little.
+
+use spec::RtcBase;
+
+use super::keyval::Opts;
+use super::value;
+use super::{Builder, Taken, invalid};
+
+/// `-global` values that say what is so anyway, or what a guest here cannot see.
+const HARMLESS_GLOBALS: [&str; 5] = [
+    "kvm-pit.lost_tick_policy",
+    "ICH9-LPC.disable_s3",
+    "ICH9-LPC.disable_s4",
+    "PIIX4_PM.disable_s3",
+    "PIIX4_PM.disable_s4",
+];
+
+impl Builder {
+    pub(super) fn name(&mut self, option: &str, text: &str) -> Taken {
+        let mut o = Opts::parse(option, text, Some("guest"))?;
+        if let Some(name) = o.str("guest") {
+            self.machine.name = Some(name);
+        }
+        if let Some(on) = o.bool("debug-threads")? {
+            self.machine.process.debug_threads = on;
+        }
+        o.ignore(&["process"]);
+        Ok(o.finish()?)
+    }
+
+    pub(super) fn uuid(&mut self, option: &str, text: &str) -> Taken {
+        self.machine.uuid = uuid::Uuid::try_parse(text).map_err(|_| {
+            invalid(
+                option,
+                format!("'{text}' is not a UUID (01234567-89ab-cdef-0123-456789abcdef)"),
+            )
+        })?;
+        Ok(())
+    }
+
+    pub(super) fn logfile(&mut self, _: &str, file: &str) -> Taken {
+        self.machine.process.logfile = Some(file.into());
+        Ok(())
+    }
+
+    pub(super) fn log_items(&mut self, _: &str, items: &str) -> Taken {
+        let items = items.split(',').filter(|i| !i.is_empty()).map(str::to_string);
+        self.machine.process.log_items.extend(items);
+        Ok(())
+    }
+
+    pub(super) fn incoming(&mut self, option: &str, uri: &str) -> Taken {
+        let good = uri == "defer"
+            || ["tcp:", "unix:", "fd:"]
+                .iter()
+                .any(|p| uri.strip_prefix(p).is_some_and(|r| !r.is_empty()));
+        if !good {
+            return Err(invalid(
+                option,
+                format!("'{uri}' is not supported; use tcp:HOST:PORT, unix:PATH, fd:N or defer"),
+            ));
+        }
+        self.machine.process.incoming = Some(uri.into());
+        Ok(())
+    }
+
+    pub(super) fn rtc(&mut self, option: &str, text: &str) -> Taken {
+        let mut o = Opts::parse(option, text, Some("base"))?;
+        if let Some(base) = o.str("base") {
+            self.machine.rtc = match base.as_str() {
+                "utc" => RtcBase::Utc,
+                "localtime" => RtcBase::Localtime,
+                date => RtcBase::At(date_seconds(date).ok_or_else(|| {
+                    o.bad(
+                        "base",
+                        format!(
+                            "expected utc, localtime or a date such as \
+                                           2026-11-21T10:00:00, not '{date}'"
+                        ),
+                    )
+                })?),
+            };
+        }
+        if let Some(clock) = o.str("clock").filter(|c| c != "host") {
+            return Err(o.bad("clock", format!("only 'host' is supported, not '{clock}'")).into());
+        }
+        if o.str("driftfix").is_some_and(|d| d != "none") {
+            self.warn(format!("{option} driftfix= is ignored: the kernel keeps the timer's ticks"));
+        }
+        Ok(o.finish()?)
+    }
+
+    pub(super) fn action(&mut self, option: &str, text: &str) -> Taken {
+        let mut o = Opts::parse(option, text, None)?;
+        match o.str("reboot").as_deref() {
+            None => {}
+            Some("reset") => self.machine.actions.no_reboot = false,
+            Some("shutdown") => self.machine.actions.no_reboot = true,
+            Some(other) => {
+                return Err(o
+                    .bad("reboot", format!("expected reset or shutdown, not '{other}'"))
+                    .into());
+            }
+        }
+        match o.str("shutdown").as_deref() {
+            None => {}
+            Some("poweroff") => self.machine.actions.no_shutdown = false,
+            Some("pause") => self.machine.actions.no_shutdown = true,
+            Some(other) => {
+                return Err(o
+                    .bad("shutdown", format!("expected poweroff or pause, not '{other}'"))
+                    .into());
+            }
+        }
+        for key in o.ignore(&["panic", "watchdog"]) {
+            self.warn(format!("{option} {key}= is ignored: there is no such device"));
+        }
+        Ok(o.finish()?)
+    }
+
+    pub(super) fn boot(&mut self, option: &str, text: &str) -> Taken {
+        let mut o = Opts::parse(option, text, Some("order"))?;
+        o.ignore(&["strict"]);
+        for key in o.ignore(&["order", "once", "menu", "splash", "splash-time", "reboot-timeout"]) {
+            self.warn(format!("{option} {key}= is ignored: the kernel given by -kernel is booted"));
+        }
+        Ok(o.finish()?)
+    }
+
+    pub(super) fn overcommit(&mut self, option: &str, text: &str) -> Taken {
+        let mut o = Opts::parse(option, text, None)?;
+        for key in ["mem-lock", "cpu-pm"] {
+            if o.flag(key, false)? {
+                self.warn(format!("{option} {key}=on is ignored: it is not available"));
+            }
+        }
+        Ok(o.finish()?)
+    }
+
+    pub(super) fn msg(&mut self, option: &str, text: &str) -> Taken {
+        let mut o = Opts::parse(option, text, None)?;
+        // Messages carry the time or not as the log does.
+        o.bool("timestamp")?;
+        o.bool("guest-name")?;
+        Ok(o.finish()?)
+    }
+
+    pub(super) fn global(&mut self, option: &str, text: &str) -> Taken {
+        let name = match text.split_once('=') {
+            Some((name, _)) if name.contains('.') => name.to_string(),
+            _ => {
+                let mut o = Opts::parse(option, text, None)?;
+                let name = format!("{}.{}", o.required("driver")?, o.required("property")?);
+                o.required("value")?;
+                o.finish()?;
+                name
+            }
+        };
+        if !HARMLESS_GLOBALS.contains(&name.as_str()) {
+            let near = super::suggest::hint(&name, HARMLESS_GLOBALS.into_iter(), "");
+            return Err(invalid(option, format!("property '{name}' is not supported{near}")));
+        }
+        self.warn(format!("{option} {name} is ignored: it changes nothing here"));
+        Ok(())
+    }
+
+    pub(super) fn display(&mut self, option: &str, text: &str) -> Taken {
+        match text.split(',').next() {
+            Some("none") => {
+                self.headless = true;
+                Ok(())
+            }
+            _ => Err(invalid(option, format!("'{text}' is not available; use -display none"))),
+        }
+    }
+
+    pub(super) fn vga(&mut self, option: &str, text: &str) -> Taken {
+        if text != "none" {
+            self.warn(format!("{option} {text} is ignored: there is no display device"));
+        }
+        Ok(())
+    }
+
+    pub(super) fn balloon(&mut self, option: &str, text: &str) -> Taken {
+        match text {
+            "none" => Ok(()),
+            _ => Err(invalid(option, "the balloon device is not available")),
+        }
+    }
+
+    pub(super) fn parallel(&mut self, option: &str, text: &str) -> Taken {
+        match text {
+            "none" | "null" => Ok(()),
+            _ => Err(invalid(option, "there is no parallel port; only 'none' is supported")),
+        }
+    }
+}
+
+/// Seconds since 1970 of "2026-11-21T10:00:00" or "2026-11-21", in UTC.
+fn date_seconds(text: &str) -> Option<i64> {
+    let (date, time) = text.split_once('T').unwrap_or((text, "0:0:0"));
+    let numbers = |s: &str, by: char| -> Option<Vec<i64>> {
+        s.split(by).map(|n| value::number(n).ok().and_then(|n| i64::try_from(n).ok())).collect()
+    };
+    let (date, time) = (numbers(date, '-')?, numbers(time, ':')?);
+    let ([year, month, day], [hour, minute, second]) = (&date[..], &time[..]) else {
+        return None;
+    };
+    let in_range = (1970..=9999).contains(year)
+        && (1..=12).contains(month)
+        && (1..=31).contains(day)
+        && (0..24).contains(hour)
+        && (0..60).contains(minute)
+        && (0..61).contains(second);
+    if !in_range {
+        return None;
+    }
+    // Days from civil, with March as the first month of the year.
+    let (y, m) = if *month > 2 { (*year, month - 3) } else { (year - 1, month + 9) };
+    let days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * m + 2) / 5 + day - 719_469;
+    Some(((days * 24 + hour) * 60 + minute) * 60 + second)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates() {
+        assert_eq!(date_seconds("1970-01-01"), Some(0));
+        assert_eq!(date_seconds("2000-03-01T00:00:01"), Some(951_868_801));
+        assert_eq!(date_seconds("2026-11-21T10:00:00"), Some(1_795_255_200));
+        for bad in ["", "now", "2026-13-01", "2026-11", "1-1-1", "99999999999999999999-1-1"] {
+            assert_eq!(date_seconds(bad), None, "{bad}");
+        }
+    }
+}
