@@ -4,7 +4,7 @@
 //! - [`bus`]: what a device on an I/O bus is, and the bus.
 //! - [`irq`]: interrupt lines, MSI vectors, doorbells; implemented by `vmm`.
 //! - [`pci`]: functions, configuration space, MSI-X, the root, root ports.
-//! - [`virtio_blk`]: virtio-blk.
+//! - [`virtio_blk`], [`virtio_net`], [`virtio_rng`]: the virtio devices.
 //! - [`chipset`], [`acpi_pm`], [`i8042`], [`rtc`], [`serial`], [`debugcon`]: what a PC has.
 //! - [`shared`]: devices behind an `Arc` as units of the machine.
 //! - [`virtio_pci`]: any virtio device as a PCI function.
@@ -21,5 +21,7 @@ pub mod serial;
 pub mod shared;
 mod timer;
 pub mod virtio_blk;
+pub mod virtio_net;
 pub mod virtio_pci;
+pub mod virtio_rng;
 mod virtio_worker;

@@ -20,11 +20,11 @@ pub(crate) fn pollfd(fd: RawFd, events: libc::c_short) -> libc::pollfd {
     libc::pollfd { fd, events, revents: 0 }
 }
 
-/// Waits until one of `fds` is ready.
-pub(crate) fn wait(fds: &mut [libc::pollfd]) -> io::Result<()> {
+/// Waits until one of `fds` is ready, or `timeout` milliseconds passed (-1: for ever).
+pub(crate) fn wait(fds: &mut [libc::pollfd], timeout: i32) -> io::Result<()> {
     loop {
         // SAFETY: a valid slice of pollfd.
-        if unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) } >= 0 {
+        if unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) } >= 0 {
             return Ok(());
         }
         let e = io::Error::last_os_error();

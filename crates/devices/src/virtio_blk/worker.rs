@@ -82,7 +82,7 @@ impl QueueWorker {
                 pollfd(self.engine.event(), libc::POLLIN),
                 pollfd(kick, libc::POLLIN),
             ];
-            if let Err(e) = wait(&mut fds) {
+            if let Err(e) = wait(&mut fds, -1) {
                 tracing::error!("{}: cannot wait for requests: {e}", self.shared.name);
                 break;
             }
