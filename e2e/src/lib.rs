@@ -4,5 +4,16 @@
 //! harness on the host: it starts VMMs, drives them over QMP, gives them a network, checks what the
 //! guest does, and measures migrations.
 
+mod error;
 pub mod guest;
+pub mod link;
+pub mod migration;
+pub mod network;
 pub mod pattern;
+pub mod ping;
+pub mod qmp;
+pub mod report;
+pub mod svg;
+pub mod vmm;
+
+pub use error::{Error, Result};

@@ -1,0 +1,224 @@
+//! The main job, shown: a guest at work is live-migrated to a second VMM and back, again and
+//! again, and everything that it does meanwhile is checked.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use clap::Parser;
+use e2e::guest::control::Order;
+use e2e::link::{Control, Stream};
+use e2e::migration::{self, Report as Migration};
+use e2e::network::{self, Network, Tap};
+use e2e::ping::Pinger;
+use e2e::report::{self, Report, Row};
+use e2e::vmm::{Config, Vmm};
+use e2e::{Error, Result, svg};
+use serde_json::json;
+
+#[derive(Parser)]
+struct Args {
+    /// The VMM: tern, or a program that takes QEMU's command line
+    #[arg(long)]
+    vmm: PathBuf,
+    /// The guest's kernel
+    #[arg(long)]
+    kernel: PathBuf,
+    /// The guest's initramfs
+    #[arg(long)]
+    initrd: PathBuf,
+    /// Where report.json and timeline.svg go
+    #[arg(long)]
+    out: PathBuf,
+    /// `native` or `lab`: what the report says of this host
+    #[arg(long, default_value = "native")]
+    host: String,
+    /// Times there and back
+    #[arg(long, default_value_t = 3)]
+    trips: u32,
+    /// Guest memory, MiB
+    #[arg(long, default_value_t = 256)]
+    memory: u32,
+    /// Of it, dirtied by the guest's work, MiB
+    #[arg(long, default_value_t = 128)]
+    working_set: u32,
+    /// Pages dirtied a second
+    #[arg(long, default_value_t = 1000)]
+    rate: u32,
+}
+
+/// Time at work between two migrations.
+const WORK: Duration = Duration::from_millis(1500);
+/// KiB a second on the stream, each way.
+const STREAM_KIB: u32 = 1024;
+/// Between two pings.
+const PACE: Duration = Duration::from_millis(10);
+
+/// Removed when the demo ends well.
+struct Scratch(PathBuf);
+
+struct Demo<'a> {
+    args: &'a Args,
+    dir: &'a Path,
+    network: Network,
+    started: u32,
+}
+
+/// A VMM with its tap; the VMM goes first.
+struct Place {
+    vmm: Vmm,
+    tap: Tap,
+}
+
+impl Demo<'_> {
+    fn start(&mut self, incoming: Option<String>) -> Result<Place> {
+        let args = self.args;
+        self.started += 1;
+        let config = Config {
+            program: args.vmm.clone(),
+            name: format!("vmm{}", self.started),
+            memory_mib: args.memory,
+            cpus: 1,
+            kernel: args.kernel.clone(),
+            initrd: args.initrd.clone(),
+            append: format!(
+                "tern.ip={}/{} tern.mem={} tern.rate={} tern.random=50 tern.disk=4096 tern.tcp={STREAM_KIB}",
+                network::GUEST,
+                network::PREFIX,
+                args.working_set,
+                args.rate
+            ),
+            disk: Some(self.dir.join("disk.raw")),
+            incoming,
+            extra: Vec::new(),
+        };
+        let tap = self.network.tap()?;
+        Ok(Place { vmm: config.start(self.dir, Some(&tap))?, tap })
+    }
+
+    /// Moves the guest to a new VMM.
+    fn hop(
+        &mut self,
+        mut from: Place,
+        guest: &mut Control,
+        pinger: &Pinger,
+    ) -> Result<(Place, Migration)> {
+        let uri = format!("unix:{}", self.dir.join(format!("hop{}", self.started)).display());
+        let mut to = self.start(Some(uri.clone()))?;
+        guest.order(&Order::Status)?;
+        pinger.take_gap();
+        let mut report = migration::migrate(&mut from.vmm, &mut to.vmm, &uri)?;
+        thread::sleep(Duration::from_millis(100));
+        report.frames_handed_over = from.tap.hand_over()?;
+        report.blackout_ms = guest.order(&Order::Status)?.gap.since_query_ms;
+        report.host_gap_ms = pinger.take_gap().as_secs_f64() * 1e3;
+        from.vmm.quit()?;
+        Ok((to, report))
+    }
+
+    fn run(&mut self) -> Result<(Report, Vec<Migration>)> {
+        let mut place = self.start(None)?;
+        place.vmm.wait_ready(Duration::from_secs(60))?;
+        println!("the guest is up after {:.1} s", place.vmm.started.elapsed().as_secs_f64());
+        let mut guest = Control::connect(network::GUEST)?;
+        let stream = Stream::start(network::GUEST, u64::from(STREAM_KIB))?;
+        let pinger = Pinger::start(network::GUEST, PACE)?;
+        thread::sleep(WORK);
+        let mut migrations = Vec::new();
+        for number in 1..=self.args.trips * 2 {
+            let (next, report) = self.hop(place, &mut guest, &pinger)?;
+            place = next;
+            println!(
+                "migration {number}: {:.0} ms in all, downtime {:.1} ms, the guest felt {:.1} ms",
+                report.total_ms, report.downtime_ms, report.blackout_ms
+            );
+            migrations.push(report);
+            if !stream.is_alive() {
+                return Err(Error::Protocol(
+                    "the TCP connection did not survive the migration".into(),
+                ));
+            }
+            thread::sleep(WORK);
+        }
+        let pings = pinger.finish();
+        let streamed = stream.finish();
+        let status = guest.order(&Order::Verify)?;
+        guest.order(&Order::Poweroff).ok();
+        place.vmm.wait_end(Duration::from_secs(15))?;
+        let report = Report {
+            host: self.args.host.clone(),
+            migrations: migrations.iter().map(Row::new).collect(),
+            pings: report::Pings { sent: pings.sent, lost: pings.lost },
+            tcp: report::Tcp {
+                bytes: streamed.received + status.tcp_received,
+                bad: streamed.bad + status.tcp_bad,
+            },
+            disk: report::Disk { blocks: status.disk_checked, bad: status.disk_bad },
+            memory: report::Memory {
+                pages: status.mem_pages,
+                dirtied: status.mem_dirtied,
+                bad: status.mem_bad,
+            },
+        };
+        Ok((report, migrations))
+    }
+}
+
+fn io(what: &str) -> impl FnOnce(std::io::Error) -> Error {
+    move |e| Error::Host(format!("{what}: {e}"))
+}
+
+fn demo(args: &Args) -> Result<bool> {
+    let scratch = Scratch(std::env::temp_dir().join(format!("tern-demo-{}", std::process::id())));
+    fs::create_dir_all(&scratch.0).map_err(io("the demo's scratch directory"))?;
+    fs::create_dir_all(&args.out).map_err(io("the demo's output directory"))?;
+    let disk = fs::File::create(scratch.0.join("disk.raw")).map_err(io("the guest's disk"))?;
+    disk.set_len(64 << 20).map_err(io("the guest's disk"))?;
+    let network = Network::new()?;
+    let mut demo = Demo { args, dir: &scratch.0, network, started: 0 };
+    let result = demo.run();
+    if result.is_err() {
+        keep_logs(&scratch.0, &args.out.join("logs"));
+    }
+    let _ = fs::remove_dir_all(&scratch.0);
+    let (report, migrations) = result?;
+    let text = serde_json::to_string_pretty(&json!(report)).unwrap_or_default();
+    fs::write(args.out.join("report.json"), text + "\n").map_err(io("report.json"))?;
+    let title =
+        format!("Tern: live migration of a working guest ({} MiB, {})", args.memory, args.host);
+    fs::write(args.out.join("timeline.svg"), svg::timeline(&title, &migrations))
+        .map_err(io("timeline.svg"))?;
+    println!("\n{}", report::table(&report, &migrations));
+    let faults = report.faults();
+    for fault in &faults {
+        println!("WRONG: {fault}");
+    }
+    Ok(faults.is_empty())
+}
+
+/// Copies what the VMMs and the guest said to where it outlives the lab.
+fn keep_logs(from: &Path, to: &Path) {
+    let _ = fs::remove_dir_all(to);
+    for entry in fs::read_dir(from).into_iter().flatten().flatten().filter(|e| e.path().is_dir()) {
+        let into = to.join(entry.file_name());
+        if fs::create_dir_all(&into).is_ok() {
+            for log in ["serial.log", "stderr.log"] {
+                let _ = fs::copy(entry.path().join(log), into.join(log));
+            }
+        }
+    }
+    eprintln!("what VMMs and guest said is in {}", to.display());
+}
+
+fn main() -> ExitCode {
+    match demo(&Args::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(e) => {
+            eprintln!("demo: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
