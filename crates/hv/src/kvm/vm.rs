@@ -38,6 +38,9 @@ const MAX_ROUTES: usize = 4096;
 /// Extra CPUID entries beyond what kvm-bindings expects are refused by it.
 const MAX_CPUID: usize = KVM_MAX_CPUID_ENTRIES;
 
+const CPUID_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
+const CPUID_1_ECX_HYPERVISOR: u32 = 1 << 31;
+
 /// What the VM, its vCPUs and its dirty log share.
 pub(super) struct Shared {
     pub(super) fd: VmFd,
@@ -276,7 +279,17 @@ impl Vm for KvmVm {
             .kvm
             .get_supported_cpuid(MAX_CPUID)
             .map_err(os("cannot ask KVM for the CPUID that it supports"))?;
-        Ok(table.as_slice().iter().map(CpuidEntry::from).collect())
+        let mut entries: Vec<_> = table.as_slice().iter().map(CpuidEntry::from).collect();
+        let deadline = self.shared.fd.check_extension(Cap::TscDeadlineTimer);
+        for e in entries.iter_mut().filter(|e| e.function == 1) {
+            // KVM reports the TSC-deadline timer by a capability only, and older ones leave
+            // out that there is a hypervisor.
+            e.ecx |= CPUID_1_ECX_HYPERVISOR;
+            if deadline {
+                e.ecx |= CPUID_1_ECX_TSC_DEADLINE;
+            }
+        }
+        Ok(entries)
     }
 
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>> {
