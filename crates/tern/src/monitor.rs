@@ -1,0 +1,66 @@
+//! `tern monitor`: HMP commands to a running VM, one or as many as are typed.
+
+use std::io::{BufRead, IsTerminal, Write};
+
+use crate::runtime_dir::{self, Entry};
+use crate::{Outcome, client};
+
+#[derive(clap::Args)]
+#[command(
+    after_help = "Examples:\n  tern monitor vm1 info status\n  tern monitor vm1        (then type commands; Ctrl-D ends)"
+)]
+pub struct Args {
+    /// Name of the VM
+    name: String,
+    /// The command; without one, commands are read from the standard input
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<String>,
+}
+
+pub fn run(args: &Args) -> Outcome {
+    let vm = runtime_dir::find(&args.name)?;
+    if args.command.is_empty() {
+        return interactive(&vm);
+    }
+    show(&client::hmp(&vm, &args.command.join(" "))?);
+    Ok(0)
+}
+
+fn show(text: &str) {
+    print!("{text}");
+    if !text.is_empty() && !text.ends_with('\n') {
+        println!();
+    }
+}
+
+fn interactive(vm: &Entry) -> Outcome {
+    let stdin = std::io::stdin();
+    let prompt = stdin.is_terminal();
+    let mut line = String::new();
+    loop {
+        if prompt {
+            print!("({}) ", vm.name);
+            std::io::stdout().flush()?;
+        }
+        line.clear();
+        if stdin.lock().read_line(&mut line)? == 0 {
+            if prompt {
+                println!();
+            }
+            return Ok(0);
+        }
+        let command = line.trim();
+        if command.is_empty() {
+            continue;
+        }
+        match client::hmp(vm, command) {
+            Ok(text) => show(&text),
+            Err(error) if vm.alive() => eprintln!("tern: {error}"),
+            // `quit` hangs up instead of answering.
+            Err(_) => {
+                println!("VM {} has ended.", vm.name);
+                return Ok(0);
+            }
+        }
+    }
+}
