@@ -527,3 +527,25 @@ impl Shared for Rtc {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates() {
+        let date = |t| {
+            let c = Civil::from_seconds(t);
+            (c.year, c.month, c.day, c.second_of_day, c.weekday)
+        };
+        assert_eq!(date(0), (1970, 1, 1, 0, 5));
+        assert_eq!(date(951_782_400 + 86_399), (2000, 2, 29, 86_399, 3));
+        assert_eq!(date(-1), (1969, 12, 31, 86_399, 4));
+        assert_eq!(date(4_107_542_400), (2100, 3, 1, 0, 2));
+        assert_eq!(date(TIME_MIN), (0, 1, 1, 0, 7));
+        assert_eq!(date(TIME_MAX).0, 9999);
+        for t in (TIME_MIN..TIME_MAX).step_by(86_400 * 13 + 7) {
+            assert_eq!(Civil::from_seconds(t).seconds(), t);
+        }
+    }
+}
