@@ -3,7 +3,11 @@
 //!
 //! - [`section`]: [`SavedState`], [`SaveRestore`], [`Section`], [`Sections`].
 //! - [`units`]: [`Unit`] and [`UnitSet`]: running -> quiesced -> running.
+//! - [`container`]: sections in a file or pipe.
+//! - [`conformance`]: the test that every device with saved state runs.
 
+pub mod conformance;
+pub mod container;
 pub mod section;
 pub mod units;
 
@@ -32,6 +36,12 @@ pub enum Error {
     /// The stream holds more, or larger, sections than allowed.
     #[error("saved state too large: {0}")]
     TooLarge(String),
+    /// What is read is not a snapshot container, or a damaged one.
+    #[error("saved state: {0}")]
+    Container(String),
+    /// A file or pipe with saved state cannot be read or written.
+    #[error("{what}: {source}")]
+    Io { what: &'static str, source: std::io::Error },
     /// A field holds a value that the device cannot have.
     #[error("{field}: {reason}")]
     Invalid { field: &'static str, reason: String },
