@@ -3,6 +3,7 @@
 //! - [`cmdline`]: QEMU's command line into a [`spec::Machine`].
 //! - [`command`]: [`Commands`], what a monitor needs of the machine; implemented by `vmm`.
 //! - [`event`]: [`EventBus`], events to every client.
+//! - [`hmp`]: commands for people.
 //! - [`params`]: migration parameters and capabilities.
 //! - [`qmp`]: one client's QMP conversation.
 //! - [`schema`]: the table of commands.
@@ -11,6 +12,7 @@
 pub mod cmdline;
 pub mod command;
 pub mod event;
+pub mod hmp;
 pub mod monitor;
 pub mod params;
 pub mod qmp;

@@ -1,30 +1,353 @@
-//! [`Monitor`]: a QMP or HMP server on a chardev, with a worker thread of its own.
+//! [`Monitor`]: a QMP or HMP server on a chardev.
+//!
+//! ```text
+//! chardev thread --bytes, fds--> inbox --> worker thread --commands--> Commands
+//! any thread -------events-----> inbox --> worker thread ---replies--> chardev
+//! ```
+//!
+//! Invariants: commands run on the monitor's own worker, under no lock; replies are in the order
+//! of the commands, and an event that a command caused goes out before its reply, as in QEMU. The
+//! inbox is bounded: input beyond it stays in the chardev; a QMP client that falls behind by more
+//! than [`MAX_EVENTS`] events, or reads nothing for [`WRITE_PATIENCE`], loses its connection.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use chardev::Chardev;
+use chardev::{Chardev, Frontend};
+use parking_lot::{Condvar, Mutex};
+use serde_json::Value;
 
 use crate::command::Commands;
-use crate::event::EventBus;
+use crate::event::{EventBus, EventSink};
+use crate::hmp::{HmpSession, Output};
+use crate::qmp::{QmpSession, Step};
 
-/// A monitor on a chardev; dropping it ends its thread.
+/// Input bytes that wait for the worker.
+const MAX_INPUT: usize = 256 << 10;
+/// Events that wait for the worker.
+pub const MAX_EVENTS: usize = 1024;
+/// How long a client may read nothing while something waits to be sent to it.
+pub const WRITE_PATIENCE: Duration = Duration::from_secs(10);
+/// How often a full client is tried again.
+const RETRY: Duration = Duration::from_millis(5);
+/// How often a synchronous `migrate` looks at its progress.
+const TICK: Duration = Duration::from_millis(100);
+
+/// A monitor on a chardev; dropping it ends its thread once the running command has returned.
 pub struct Monitor {
-    _chardev: Arc<dyn Chardev>,
+    shared: Arc<Shared>,
+    worker: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    inbox: Mutex<Inbox>,
+    wake: Condvar,
+    wants_events: bool,
+}
+
+#[derive(Default)]
+struct Inbox {
+    items: VecDeque<Item>,
+    /// Bytes in `items`.
+    waiting: usize,
+    /// The chardev was told that there is no room.
+    full: bool,
+    events: VecDeque<Arc<Value>>,
+    overflow: bool,
+    open: bool,
+    /// Counts connections, so that what was meant for a client that left is not sent.
+    client: u64,
+    stop: bool,
+}
+
+enum Item {
+    Opened,
+    Closed,
+    Data(Vec<u8>, Vec<OwnedFd>),
 }
 
 impl Monitor {
-    /// Serves QMP on `chardev`, to one client after another. `pretty` indents replies.
+    /// Serves QMP on `chardev`, to one client after another. `pretty` indents replies. Errors:
+    /// no thread can be started.
     pub fn qmp(
         chardev: Arc<dyn Chardev>,
-        _commands: Arc<dyn Commands>,
-        _events: &EventBus,
-        _pretty: bool,
+        commands: Arc<dyn Commands>,
+        events: &EventBus,
+        pretty: bool,
     ) -> std::io::Result<Self> {
-        Ok(Self { _chardev: chardev })
+        let shared = Shared::new(true);
+        let sink: Weak<dyn EventSink> = Arc::downgrade(&shared) as Weak<dyn EventSink>;
+        events.subscribe(sink);
+        let mut session = QmpSession::new(pretty);
+        Self::start(shared, chardev, "qmp", move |link| {
+            let step = |link: &Link, item| qmp_item(&mut session, link, &*commands, item);
+            link.run(step);
+        })
     }
 
-    /// Serves HMP on `chardev`.
-    pub fn hmp(chardev: Arc<dyn Chardev>, _commands: Arc<dyn Commands>) -> std::io::Result<Self> {
-        Ok(Self { _chardev: chardev })
+    /// Serves HMP on `chardev`. Errors: no thread can be started.
+    pub fn hmp(chardev: Arc<dyn Chardev>, commands: Arc<dyn Commands>) -> std::io::Result<Self> {
+        let mut session = HmpSession::new();
+        Self::start(Shared::new(false), chardev, "hmp", move |link| {
+            let step = |link: &Link, item| hmp_item(&mut session, link, &*commands, item);
+            link.run(step);
+        })
     }
+
+    fn start(
+        shared: Arc<Shared>,
+        chardev: Arc<dyn Chardev>,
+        name: &str,
+        run: impl FnOnce(&Link) + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let link = Link { shared: shared.clone(), chardev: chardev.clone() };
+        let worker = std::thread::Builder::new()
+            .name(format!("{name}-{}", chardev.label()))
+            .spawn(move || run(&link))?;
+        chardev.connect(shared.clone());
+        Ok(Self { shared, worker: Some(worker) })
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        self.shared.inbox.lock().stop = true;
+        self.shared.wake.notify_all();
+        // The last reference may be dropped by a command (quit) that this worker runs.
+        if let Some(worker) = self.worker.take()
+            && worker.thread().id() != std::thread::current().id()
+        {
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Shared {
+    fn new(wants_events: bool) -> Arc<Self> {
+        Arc::new(Self { inbox: Mutex::default(), wake: Condvar::new(), wants_events })
+    }
+
+    fn push(&self, item: Item) {
+        let mut inbox = self.inbox.lock();
+        match &item {
+            Item::Opened => {
+                inbox.open = true;
+                inbox.client += 1;
+                inbox.events.clear();
+                inbox.overflow = false;
+            }
+            Item::Closed => {
+                inbox.open = false;
+                // What the client sent last is not worth running half; QEMU drops it too.
+                inbox.events.clear();
+            }
+            Item::Data(bytes, _) => inbox.waiting += bytes.len(),
+        }
+        inbox.items.push_back(item);
+        drop(inbox);
+        self.wake.notify_all();
+    }
+}
+
+impl Frontend for Shared {
+    fn can_receive(&self) -> usize {
+        let mut inbox = self.inbox.lock();
+        let room = MAX_INPUT.saturating_sub(inbox.waiting);
+        inbox.full |= room == 0;
+        room
+    }
+
+    fn receive(&self, data: &[u8], fds: Vec<OwnedFd>) {
+        self.push(Item::Data(data.to_vec(), fds));
+    }
+
+    fn opened(&self) {
+        self.push(Item::Opened);
+    }
+
+    fn closed(&self) {
+        self.push(Item::Closed);
+    }
+}
+
+impl EventSink for Shared {
+    fn event(&self, event: &Arc<Value>) {
+        let mut inbox = self.inbox.lock();
+        if !inbox.open || !self.wants_events {
+            return;
+        }
+        if inbox.events.len() >= MAX_EVENTS {
+            inbox.overflow = true;
+        } else {
+            inbox.events.push_back(event.clone());
+        }
+        drop(inbox);
+        self.wake.notify_all();
+    }
+}
+
+/// What the worker has to do with the world.
+struct Link {
+    shared: Arc<Shared>,
+    chardev: Arc<dyn Chardev>,
+}
+
+/// What woke the worker.
+enum Work {
+    Item(Item),
+    Event(Arc<Value>),
+    /// Events were lost.
+    Overflow,
+    /// Nothing came within [`TICK`]; only for who asked for ticks.
+    Tick,
+}
+
+impl Link {
+    /// Hands work to `step` until the monitor is dropped; `step` says whether it wants ticks.
+    fn run(&self, mut step: impl FnMut(&Self, Work) -> bool) {
+        let mut ticking = false;
+        while let Some(work) = self.next(ticking) {
+            ticking = step(self, work);
+        }
+    }
+
+    fn next(&self, ticking: bool) -> Option<Work> {
+        let mut inbox = self.shared.inbox.lock();
+        loop {
+            if inbox.stop {
+                return None;
+            }
+            if std::mem::take(&mut inbox.overflow) {
+                return Some(Work::Overflow);
+            }
+            if let Some(event) = inbox.events.pop_front() {
+                return Some(Work::Event(event));
+            }
+            if let Some(item) = inbox.items.pop_front() {
+                if let Item::Data(bytes, _) = &item {
+                    inbox.waiting -= bytes.len();
+                }
+                let resume = inbox.full && inbox.waiting < MAX_INPUT / 2;
+                if resume {
+                    inbox.full = false;
+                }
+                drop(inbox);
+                if resume {
+                    self.chardev.resume_input();
+                }
+                return Some(Work::Item(item));
+            }
+            if !ticking {
+                self.shared.wake.wait(&mut inbox);
+            } else if self.shared.wake.wait_for(&mut inbox, TICK).timed_out() {
+                return Some(Work::Tick);
+            }
+        }
+    }
+
+    /// Events that are waiting, in order.
+    fn events(&self) -> VecDeque<Arc<Value>> {
+        std::mem::take(&mut self.shared.inbox.lock().events)
+    }
+
+    /// Sends all of `bytes`, waiting for a slow client; one that reads nothing for
+    /// [`WRITE_PATIENCE`] is disconnected.
+    fn send(&self, bytes: &[u8]) {
+        let client = self.shared.inbox.lock().client;
+        let mut rest = bytes;
+        let mut since = Instant::now();
+        while !rest.is_empty() {
+            let taken = self.chardev.write(rest).min(rest.len());
+            rest = &rest[taken..];
+            if taken > 0 {
+                since = Instant::now();
+            }
+            if rest.is_empty() {
+                return;
+            }
+            {
+                let mut inbox = self.shared.inbox.lock();
+                if inbox.stop || !inbox.open || inbox.client != client {
+                    return;
+                }
+                if taken == 0 {
+                    self.shared.wake.wait_for(&mut inbox, RETRY);
+                }
+            }
+            if since.elapsed() > WRITE_PATIENCE {
+                tracing::warn!("monitor {}: the client reads nothing", self.chardev.label());
+                self.chardev.disconnect();
+                return;
+            }
+        }
+    }
+}
+
+fn qmp_item(session: &mut QmpSession, link: &Link, commands: &dyn Commands, work: Work) -> bool {
+    match work {
+        Work::Item(Item::Opened) => {
+            session.reset();
+            link.send(&session.greeting());
+        }
+        Work::Item(Item::Closed) => session.reset(),
+        Work::Item(Item::Data(bytes, fds)) => {
+            session.receive(&bytes, fds);
+            qmp_steps(session, link, commands);
+        }
+        Work::Event(event) => {
+            if let Some(line) = session.event(&event) {
+                link.send(&line);
+            }
+        }
+        Work::Overflow => {
+            tracing::warn!("monitor {}: too many events wait", link.chardev.label());
+            link.chardev.disconnect();
+        }
+        Work::Tick => {}
+    }
+    false
+}
+
+fn qmp_steps(session: &mut QmpSession, link: &Link, commands: &dyn Commands) {
+    while let Some(step) = session.step() {
+        let reply = match step {
+            Step::Send(bytes) => bytes,
+            Step::Execute(request) => {
+                let result = if request.name == "human-monitor-command" {
+                    let line = request.arguments["command-line"].as_str().unwrap_or_default();
+                    Ok(Value::String(crate::hmp::execute(line, commands, session.fds())))
+                } else {
+                    commands.execute(&request.name, request.arguments, session.fds())
+                };
+                let lines = link.events().into_iter().filter_map(|e| session.event(&e));
+                let mut bytes: Vec<u8> = lines.flatten().collect();
+                bytes.extend(session.reply(request.id, result));
+                bytes
+            }
+        };
+        link.send(&reply);
+        let inbox = link.shared.inbox.lock();
+        if inbox.stop {
+            return;
+        }
+    }
+}
+
+fn hmp_item(session: &mut HmpSession, link: &Link, commands: &dyn Commands, work: Work) -> bool {
+    let output = match work {
+        Work::Item(Item::Opened) => session.open(),
+        Work::Item(Item::Closed) => {
+            session.reset();
+            return false;
+        }
+        Work::Item(Item::Data(bytes, _)) => session.receive(&bytes, commands),
+        Work::Tick => session.tick(commands),
+        Work::Event(_) | Work::Overflow => return session.waiting(),
+    };
+    let Output { bytes } = output;
+    link.send(&bytes);
+    session.waiting()
 }

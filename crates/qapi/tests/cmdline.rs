@@ -109,7 +109,7 @@ fn libvirts_command_lines_are_taken_but_for_what_is_named() {
         }
         if path.ends_with("cpu-host-model.txt") {
             assert_eq!(machine.cpu.model, "kvm64");
-            assert_eq!(machine.cpu.features["pni"], false);
+            assert!(!machine.cpu.features["pni"]);
         } else {
             assert_eq!(machine.machine_type, MachineType::Q35);
             assert!(machine.process.paused);
@@ -152,7 +152,7 @@ fn a_libvirt_start_with_raw_disk_and_tap_is_understood() {
     let NetKind::Tap { fds, queues, .. } = &m.netdevs[0].kind;
     assert_eq!((&fds[..], *queues), (&[31, 33][..], 2));
     assert_eq!(m.monitors[0].mode, MonitorMode::Control);
-    assert_eq!(m.process.debug_threads, true);
+    assert!(m.process.debug_threads);
 }
 
 #[test]
@@ -165,8 +165,8 @@ fn a_hand_written_command_line_is_understood() {
     );
     assert_eq!(m.smp, Smp { cpus: 4, max_cpus: 4, cores: 4, ..Smp::default() });
     assert_eq!((m.memory, m.rtc, m.actions.no_reboot), (2 << 30, RtcBase::Localtime, true));
-    assert_eq!(m.cpu.features["avx2"], true);
-    assert_eq!(m.cpu.features["sse4a"], false);
+    assert!(m.cpu.features["avx2"]);
+    assert!(!m.cpu.features["sse4a"]);
     assert!(m.blocks[0].direct && m.blocks[0].read_only && m.blocks[0].aio == Aio::IoUring);
     assert_eq!(m.blocks[1].node_name, "virtio0");
     assert_eq!(m.warnings.len(), 2, "{:?}", m.warnings);

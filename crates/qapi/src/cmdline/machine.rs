@@ -289,7 +289,7 @@ impl SmpGiven {
                 sockets = Some(total / (dies * cores.unwrap_or(1) * t));
             }
             let rest = sockets.unwrap_or(1) * dies * cores.unwrap_or(1);
-            threads = threads.or(Some(if rest == 0 { 0 } else { total / rest }));
+            threads = threads.or(Some(total.checked_div(rest).unwrap_or(0)));
         }
         let (sockets, cores, threads) =
             (sockets.unwrap_or(1), cores.unwrap_or(1), threads.unwrap_or(1));

@@ -1,0 +1,133 @@
+//! [`HmpSession`]: one terminal with HMP: prompt, editing, completion, and a `migrate` that waits.
+
+use super::commands::{self, Outcome};
+use super::editor::{Editor, Key};
+use crate::command::{ClientFds, Commands};
+
+/// Input that is kept while a `migrate` without `-d` runs.
+const MAX_TYPED_AHEAD: usize = 64 << 10;
+
+/// Bytes for the terminal.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Output {
+    pub bytes: Vec<u8>,
+}
+
+/// See the module's header. No socket, clock or thread inside: the caller calls
+/// [`tick`](Self::tick) now and then while [`waiting`](Self::waiting).
+#[derive(Default)]
+pub struct HmpSession {
+    editor: Editor,
+    fds: ClientFds,
+    /// A migration that this terminal waits for.
+    migrating: bool,
+    typed_ahead: Vec<u8>,
+}
+
+impl HmpSession {
+    /// A session that has not shown its prompt yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A client came: the banner and the prompt.
+    pub fn open(&mut self) -> Output {
+        self.reset();
+        let banner = concat!(
+            "QEMU 8.2.0 monitor (tern-",
+            env!("CARGO_PKG_VERSION"),
+            ") - type 'help' for more information\r\n"
+        );
+        let mut bytes = banner.as_bytes().to_vec();
+        self.editor.show(&mut bytes);
+        Output { bytes }
+    }
+
+    /// The client left; the history stays.
+    pub fn reset(&mut self) {
+        self.editor.reset();
+        self.migrating = false;
+        self.typed_ahead.clear();
+        self.fds.0.lock().clear();
+    }
+
+    /// Whether a `migrate` without `-d` runs.
+    pub fn waiting(&self) -> bool {
+        self.migrating
+    }
+
+    /// Input from the terminal.
+    pub fn receive(&mut self, bytes: &[u8], commands: &dyn Commands) -> Output {
+        let mut out = Vec::new();
+        for byte in bytes {
+            if self.migrating {
+                if self.typed_ahead.len() < MAX_TYPED_AHEAD {
+                    self.typed_ahead.push(*byte);
+                }
+                continue;
+            }
+            match self.editor.byte(*byte, &mut out) {
+                Key::Nothing => {}
+                Key::Line(line) => {
+                    match commands::run(&line, commands, &self.fds, true) {
+                        Outcome::Text(text) => out.extend(terminal(&text)),
+                        Outcome::Migrating => self.migrating = true,
+                    }
+                    if !self.migrating {
+                        self.editor.show(&mut out);
+                    }
+                }
+                Key::Complete(text) => self.complete(&text, &mut out),
+            }
+        }
+        Output { bytes: out }
+    }
+
+    /// Shows the progress of a `migrate` that is waited for, and the prompt when it is over.
+    pub fn tick(&mut self, commands: &dyn Commands) -> Output {
+        if !self.migrating {
+            return Output::default();
+        }
+        let (text, over) = commands::migrate_progress(commands, &self.fds);
+        let mut bytes = terminal(&text);
+        if over {
+            self.migrating = false;
+            self.editor.show(&mut bytes);
+            let typed = std::mem::take(&mut self.typed_ahead);
+            bytes.extend(self.receive(&typed, commands).bytes);
+        }
+        Output { bytes }
+    }
+
+    fn complete(&mut self, text: &str, out: &mut Vec<u8>) {
+        let (word, candidates) = commands::complete(text);
+        match &candidates[..] {
+            [] => {}
+            [only] => {
+                let rest = format!("{} ", &only[word.len()..]);
+                self.editor.insert(rest.as_bytes(), out);
+            }
+            [first, ..] => {
+                let common = (word.len()..=first.len())
+                    .rev()
+                    .find(|n| {
+                        first.is_char_boundary(*n)
+                            && candidates.iter().all(|c| c.starts_with(&first[..*n]))
+                    })
+                    .unwrap_or(word.len());
+                if common > word.len() {
+                    return self.editor.insert(&first.as_bytes()[word.len()..common], out);
+                }
+                out.extend(b"\r\n");
+                for candidate in &candidates {
+                    out.extend(format!("{candidate}\r\n").into_bytes());
+                }
+                self.editor.show(out);
+            }
+        }
+    }
+}
+
+fn terminal(text: &str) -> Vec<u8> {
+    text.replace('\n', "\r\n").into_bytes()
+}
