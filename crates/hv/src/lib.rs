@@ -3,6 +3,7 @@
 
 pub mod cpu;
 pub mod kvm;
+pub mod probe;
 pub mod traits;
 
 pub use kvm::{KvmVcpu, KvmVm};
