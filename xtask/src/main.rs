@@ -4,11 +4,14 @@
 //! comes from Debian's packages and is set up by [`setup`].
 
 mod cpio;
+mod demo;
 mod guest;
+mod host;
 mod kernel;
 mod lab;
 mod paths;
 mod setup;
+mod test;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -33,6 +36,10 @@ enum Command {
     Lab(lab::LabArgs),
     /// Build the test guest: target/lab/guest/vmlinuz and target/lab/guest/initramfs.cpio.gz
     Guest,
+    /// Live-migrate a working guest back and forth, check everything, and report
+    Demo(demo::DemoArgs),
+    /// Run every test
+    Test(test::TestArgs),
     /// The part of `lab` that runs on the lab host
     #[command(hide = true)]
     LabAgent { job: std::path::PathBuf },
@@ -68,6 +75,8 @@ fn run(command: Command) -> Result<ExitCode> {
             println!("{}\n{}", guest.kernel.display(), guest.initramfs.display());
             Ok(ExitCode::SUCCESS)
         }
+        Command::Demo(args) => demo::run(args).map(ExitCode::from),
+        Command::Test(args) => test::run(&args).map(ExitCode::from),
         Command::LabAgent { job } => lab::agent::run(&job).map(|()| ExitCode::SUCCESS),
     }
 }

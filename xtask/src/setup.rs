@@ -25,7 +25,8 @@ fn installed(package: &str) -> bool {
         .is_ok_and(|out| out.stdout.starts_with(b"ii"))
 }
 
-fn is_root() -> bool {
+/// Whether this process may do everything.
+pub fn is_root() -> bool {
     Command::new("id").arg("-u").output().is_ok_and(|out| out.stdout.trim_ascii() == b"0")
 }
 

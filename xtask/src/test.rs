@@ -1,0 +1,116 @@
+//! `cargo xtask test`: every test, with its set-up.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::host::{self, Host};
+use crate::{Result, guest, paths, setup};
+
+/// The end-to-end tests together.
+const LIMIT: Duration = Duration::from_secs(25 * 60);
+
+/// `cargo xtask test`'s arguments.
+#[derive(clap::Args)]
+pub struct TestArgs {
+    /// Only the end-to-end tests
+    #[arg(long, conflicts_with = "no_e2e")]
+    e2e: bool,
+    /// All but the end-to-end tests
+    #[arg(long)]
+    no_e2e: bool,
+    /// End-to-end tests on the lab host even when this host's KVM could do it
+    #[arg(long)]
+    lab: bool,
+    /// Another VMM that takes QEMU's command line, to judge the tests by
+    #[arg(long, value_name = "PATH")]
+    vmm: Option<PathBuf>,
+    /// Arguments for the end-to-end test programs, for example a part of a test's name
+    #[arg(last = true)]
+    filter: Vec<String>,
+}
+
+/// Unit and property tests, and those of the KVM API on this host's /dev/kvm.
+fn workspace() -> Result<()> {
+    let nextest = host::cargo()
+        .args(["nextest", "--version"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|s| s.success());
+    if nextest {
+        host::must(
+            host::cargo().args(["nextest", "run", "--workspace", "--no-fail-fast"]),
+            "cargo nextest",
+        )?;
+        return host::must(
+            host::cargo().args(["test", "--quiet", "--workspace", "--doc"]),
+            "the doc tests",
+        );
+    }
+    host::must(host::cargo().args(["test", "--workspace", "--no-fail-fast"]), "cargo test")
+}
+
+/// Builds the end-to-end test programs.
+fn programs() -> Result<Vec<PathBuf>> {
+    let out = host::cargo()
+        .args(["test", "-p", "e2e", "--tests", "--no-run", "--message-format=json"])
+        .stderr(Stdio::inherit())
+        .output()
+        .map_err(|e| format!("cargo does not start: {e}"))?;
+    if !out.status.success() {
+        return Err("the end-to-end tests do not build".into());
+    }
+    let mut programs = Vec::new();
+    for line in out.stdout.split(|b| *b == b'\n') {
+        let Ok(message) = serde_json::from_slice::<Value>(line) else { continue };
+        let is_test = message.pointer("/target/kind/0").and_then(Value::as_str) == Some("test");
+        if let (true, Some(path)) = (is_test, message.get("executable").and_then(Value::as_str)) {
+            programs.push(path.into());
+        }
+    }
+    programs.sort();
+    Ok(programs)
+}
+
+fn e2e(args: &TestArgs) -> Result<u8> {
+    let bins = host::build_release(&["tern"], &["tern"])?;
+    let guest = guest::ensure()?;
+    let programs = programs()?;
+    let tern = bins.join("tern");
+    let host = if args.lab { Host::Lab } else { Host::choose(&tern) };
+    let vmm = args.vmm.clone().unwrap_or(tern);
+    let vmm = std::path::absolute(&vmm).map_err(|e| format!("{}: {e}", vmm.display()))?;
+    let text = |p: &PathBuf| p.to_string_lossy().into_owned();
+    let env = [
+        ("TERN_E2E", "1".to_owned()),
+        ("TERN_HOST", host.name().to_owned()),
+        ("TERN_VMM", text(&vmm)),
+        ("TERN_GUEST_KERNEL", text(&guest.kernel)),
+        ("TERN_GUEST_INITRD", text(&guest.initramfs)),
+        ("TERN_E2E_LOGS", text(&paths::target().join("e2e-logs"))),
+    ]
+    .map(|(k, v)| (k.to_owned(), v));
+    let script =
+        "code=0; for p in \"$@\"; do \"$p\" --test-threads=1 $FILTER || code=1; done; exit $code";
+    let mut argv: Vec<OsString> = ["sh", "-c", script, "e2e"].map(OsString::from).to_vec();
+    argv.extend(programs.into_iter().map(OsString::from));
+    let mut env = env.to_vec();
+    env.push(("FILTER".into(), args.filter.join(" ")));
+    host.run(&argv, &env, LIMIT)
+}
+
+/// Runs the tests; the exit status.
+pub fn run(args: &TestArgs) -> Result<u8> {
+    setup::ensure(&[setup::LAB, setup::TEST].concat())?;
+    if !args.e2e {
+        workspace()?;
+    }
+    if args.no_e2e {
+        return Ok(0);
+    }
+    e2e(args)
+}
