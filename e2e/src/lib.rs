@@ -14,6 +14,7 @@ pub mod ping;
 pub mod qmp;
 pub mod report;
 pub mod svg;
+pub mod testbed;
 pub mod vmm;
 
 pub use error::{Error, Result};
