@@ -85,8 +85,10 @@ impl SplitRing {
         if !self.has_work() {
             return Ok(false);
         }
-        // The driver owns at most `size` entries in all: those that wait and those taken.
-        if self.avail_seen.wrapping_sub(self.next_used) > self.size {
+        // There are at most `size` entries in all: those that wait and those taken. An index that
+        // the driver moved backwards looks like a great many that wait.
+        let waiting = self.avail_seen.wrapping_sub(self.next_avail);
+        if u32::from(waiting) + u32::from(self.taken()) > u32::from(self.size) {
             // What was seen may be stale nonsense: look afresh at the next try.
             self.avail_seen = self.next_avail;
             return Err(RingError::TooManyAvailable);

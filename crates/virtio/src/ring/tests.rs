@@ -373,6 +373,20 @@ fn broken_rules_are_named() {
     }
 }
 
+/// Found by fuzzing: an avail index that goes back is not work.
+#[test]
+fn an_index_that_goes_back_is_refused() {
+    let (mem, mut driver, mut ring) = both(8, features(false, false));
+    let mut chain = Chain::new();
+    for _ in 0..3 {
+        driver.add(&[(DATA, 1)], &[], None).unwrap();
+        assert!(ring.pop(&mut chain).unwrap());
+    }
+    mem.store_u16(driver.avail + 2, 2, Ordering::Release).unwrap();
+    assert_eq!(ring.pop(&mut chain), Err(RingError::TooManyAvailable));
+    assert_eq!(ring.taken(), 3);
+}
+
 #[test]
 fn set_up_is_checked() {
     let mem = ram(RAM);
