@@ -120,7 +120,9 @@ impl Source for Pty {
             let mut events = [0; 1024];
             while sys::read(fd.as_raw_fd(), &mut events).is_ok_and(|n| n > 0) {}
         }
-        if sys::ready(self.master.as_raw_fd(), 0) & libc::POLLHUP != 0 {
+        // A client that wrote and left at once (echo x > /dev/pts/N) is still to be heard.
+        let state = sys::ready(self.master.as_raw_fd(), libc::POLLIN);
+        if state & libc::POLLHUP != 0 && state & libc::POLLIN == 0 {
             return None;
         }
         Some(Link {

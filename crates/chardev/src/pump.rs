@@ -424,11 +424,7 @@ impl Worker {
     fn input(&mut self, room: usize, events: i16) {
         if room == 0 {
             // It hung up, and its last bytes cannot be delivered yet.
-            if self.opened.is_some() {
-                self.gone_at = Some(Instant::now());
-            } else {
-                self.detach();
-            }
+            self.gone_at = Some(Instant::now());
             return;
         }
         let Some(link) = &self.link else { return };

@@ -360,6 +360,10 @@ fn a_ptys_clients_come_and_go() {
         eventually("closed", || front.closed() == round);
         assert_eq!(pty.filename(), name);
     }
+    for _ in 0..20 {
+        std::fs::OpenOptions::new().write(true).open(&path).unwrap().write_all(b"x").unwrap();
+        front.expect(b"x");
+    }
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! What the tests of the back ends share.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, dead_code)]
 
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
