@@ -10,12 +10,13 @@ use std::sync::Arc;
 
 use minicbor::{Decode, Encode};
 use parking_lot::Mutex;
+use state::Unit;
 
 use crate::acpi_pm::PM_BASE;
 use crate::bus::{Access, Effect};
 use crate::pci::root::ECAM_BASE;
-use crate::pci::{BarInfo, ConfigSpace, ConfigState, Ident, PciDevice};
-use crate::shared::Shared;
+use crate::pci::{BarInfo, ConfigSpace, ConfigState, Ident, PciDevice, PciError, PciRoot};
+use crate::shared::{Shared, SharedUnit};
 
 const SUBSYSTEM: (u16, u16) = (0x1af4, 0x1100);
 /// PIRQ routing as at power-on: routed nowhere in PIC mode.
@@ -99,6 +100,44 @@ impl ChipsetFunction {
         c.init(0x80, &[1]);
         Self::build("piix4-pm", "PIIX4_PM", c)
     }
+}
+
+/// Plugs in q35's functions, and returns their units.
+///
+/// # Errors
+/// If one of their places is taken.
+pub fn plug_q35(root: &PciRoot) -> Result<Vec<Box<dyn Unit>>, PciError> {
+    let functions = [
+        (ChipsetFunction::q35_host(), (0, 0), false),
+        (ChipsetFunction::ich9_lpc(), (31, 0), true),
+    ];
+    plug(root, "pcie.0", functions)
+}
+
+/// Plugs in pc's functions, and returns their units.
+///
+/// # Errors
+/// If one of their places is taken.
+pub fn plug_pc(root: &PciRoot) -> Result<Vec<Box<dyn Unit>>, PciError> {
+    let functions = [
+        (ChipsetFunction::i440fx(), (0, 0), false),
+        (ChipsetFunction::piix3(), (1, 0), true),
+        (ChipsetFunction::piix4_pm(), (1, 3), true),
+    ];
+    plug(root, "pci.0", functions)
+}
+
+fn plug<const N: usize>(
+    root: &PciRoot,
+    bus: &str,
+    functions: [(Arc<ChipsetFunction>, (u8, u8), bool); N],
+) -> Result<Vec<Box<dyn Unit>>, PciError> {
+    let mut units: Vec<Box<dyn Unit>> = Vec::new();
+    for (function, place, multifunction) in functions {
+        root.add(bus, Some(place), multifunction, function.clone())?;
+        units.push(Box::new(SharedUnit::new(function)));
+    }
+    Ok(units)
 }
 
 impl PciDevice for ChipsetFunction {

@@ -404,3 +404,50 @@ fn intx_is_swizzled() {
     assert_eq!(m.root.intx_gsi("rp1", 0, 1).unwrap(), intx_gsi(2, 1));
     assert!(m.root.intx_gsi("rp9", 0, 1).is_err());
 }
+
+#[test]
+fn chipsets_plug_in() {
+    let root = PciRoot::new("pci.0");
+    assert_eq!(devices::chipset::plug_pc(&root).unwrap().len(), 3);
+    assert!(devices::chipset::plug_pc(&root).is_err());
+    root.assign(Windows::standard(HIGH, 1 << 30)).unwrap();
+    let pm = root.list().into_iter().find(|f| f.name == "piix4-pm").unwrap();
+    assert_eq!((pm.bdf.to_string().as_str(), pm.interrupt_line), ("00:01.3", 9));
+    let root = PciRoot::new("pcie.0");
+    assert_eq!(devices::chipset::plug_q35(&root).unwrap().len(), 2);
+}
+
+/// Two vCPUs move BARs while two others use them: nothing locks up, and all is back in place.
+#[test]
+fn vcpus_access_while_bars_move() {
+    let m = Machine::new();
+    m.port("rp1", 2);
+    let (near, far) = (m.card("pcie.0", "near"), m.card("rp1", "far"));
+    m.root.assign(Windows::standard(HIGH, 64 << 30)).unwrap();
+    let before = m.root.list();
+    let bars = [address(&near, 1), address(&far, 1)];
+    std::thread::scope(|s| {
+        for name in ["near", "rp1"] {
+            let cfg = m.ecam(name) + 4;
+            let m = &m;
+            s.spawn(move || {
+                let on = m.read32(cfg);
+                for _ in 0..2000 {
+                    m.write32(cfg, on & !7);
+                    m.write32(cfg, on);
+                }
+            });
+        }
+        for bar in bars {
+            let m = &m;
+            s.spawn(move || {
+                for _ in 0..20_000 {
+                    let v = m.read32(bar + 0xc);
+                    assert!(v == 1 || v == 0xffff_ffff, "{v:#x}");
+                }
+            });
+        }
+    });
+    assert_eq!(m.root.list(), before);
+    assert_eq!((m.read32(bars[0] + 0xc), m.read32(bars[1] + 0xc)), (1, 1));
+}

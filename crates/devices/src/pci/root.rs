@@ -30,6 +30,10 @@ pub const ECAM_BYTES: u64 = 256 << 20;
 /// The ports of configuration mechanism 1, with the reset control register at 0xcf9.
 pub const CONFIG_PORTS: u64 = 0xcf8;
 pub const CONFIG_PORTS_COUNT: u64 = 8;
+/// The reset control register among them, and what to write there: the FADT's `RESET_REG` and
+/// `RESET_VALUE`.
+pub const RESET_PORT: u16 = 0xcf9;
+pub const RESET_VALUE: u8 = 6;
 
 /// Why a function cannot be added or found, in QEMU's words.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
