@@ -333,7 +333,8 @@ impl Worker {
             if asked.stop {
                 break;
             }
-            if asked.hang_up {
+            // Stdio and files have one client for good: it only loses what did not fit.
+            if asked.hang_up && self.link.as_ref().is_some_and(|l| l.at_end == AtEnd::Disconnect) {
                 self.flush();
                 self.detach();
             }

@@ -74,6 +74,20 @@ fn file_keeps_what_was_written_and_the_log_a_copy() {
 }
 
 #[test]
+fn a_file_stays_open_whatever_overflows() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("out");
+    let kind = ChardevKind::File { path: path.clone(), append: false };
+    let options = Options { queue_limit: 10, ..Options::monitor() };
+    let file = chardev::open(&config(kind), options).unwrap();
+    assert_eq!(file.write(&[b'x'; 11]), 0);
+    file.disconnect();
+    eventually("it takes more", || file.write(b"fits") == 4);
+    drop(file);
+    assert_eq!(std::fs::read(&path).unwrap(), b"fits");
+}
+
+#[test]
 fn a_server_takes_one_client_after_another() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
