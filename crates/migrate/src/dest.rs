@@ -1,8 +1,33 @@
-//! The receiving side's driver.
+//! The receiving side's driver: does what [`session::Dest`](crate::session::Dest) says, with
+//! sockets, clocks and threads.
+//!
+//! Threads: `mig-incoming` runs the session and calls the machine; `mig-accept` accepts
+//! connections, and one short-lived thread a connection reads its greeting, so that whoever
+//! connects and stays silent disturbs nobody; `mig-control` and `mig-ram.N` read.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
-use crate::{Endpoint, Error, Events, MigrationInfo, Result, Status, Uri};
+use parking_lot::{Condvar, Mutex};
+
+use crate::channel::{Channel, Listener};
+use crate::receiver::{Receiver, Sync};
+use crate::session::HELLO_PATIENCE;
+use crate::session::dest::{Input, Output};
+use crate::source::spawn;
+use crate::stats::{Stats, micros};
+use crate::wire::{Hello, HelloAck, Msg, Resolution, Role};
+use crate::{Endpoint, Error, Events, MigrationInfo, Result, Status, Uri, session};
+
+/// How often the acceptor looks whether it is still wanted.
+const SLICE: Duration = Duration::from_millis(50);
+/// How long a write on the control connection may block.
+const WRITE_PATIENCE: Duration = Duration::from_secs(10);
+/// Most connections whose greeting has not come yet.
+const MAX_SILENT: usize = 32;
 
 /// How a destination behaves.
 #[derive(Debug, Clone, Copy, Default)]
@@ -11,32 +36,106 @@ pub struct Options {
     pub keep_listening: bool,
 }
 
+enum Event {
+    Greeted { hello: Hello, channel: Channel },
+    Control { epoch: u64, msg: Result<Msg> },
+    Synced { channel: usize, sync: Sync },
+    RamLost(Error),
+    Stop,
+    ForceRelease,
+}
+
+struct Inner {
+    endpoint: Arc<dyn Endpoint>,
+    events: Arc<dyn Events>,
+    options: Options,
+    uri: Uri,
+    stats: Stats,
+    receiver: Mutex<Option<Arc<Receiver>>>,
+    status: Mutex<Status>,
+    held: AtomicBool,
+    closed: AtomicBool,
+    silent: AtomicUsize,
+    queue: Mutex<mpsc::Sender<Event>>,
+    result: Mutex<Option<Result<()>>>,
+    done: Condvar,
+}
+
+impl Inner {
+    fn set_status(&self, status: Status) {
+        let mut now = self.status.lock();
+        if *now != status && !now.is_final() || *now == Status::None {
+            *now = status;
+            drop(now);
+            tracing::debug!(%status, "incoming migration");
+            self.events.migration(status);
+        }
+    }
+}
+
 /// A destination that waits for, or receives, a migration.
-pub struct Incoming {}
+#[derive(Clone)]
+pub struct Incoming(Arc<Inner>);
 
 impl Incoming {
     /// The address that is listened on, with the real port where 0 was asked for.
     pub fn uri(&self) -> Uri {
-        Uri::Tcp { host: String::new(), port: 0 }
+        self.0.uri.clone()
     }
-    /// The status now (`none` until a source has been accepted).
+
+    /// The status now (`setup` until a source has been accepted).
     pub fn status(&self) -> Status {
-        Status::None
+        *self.0.status.lock()
     }
+
     /// What `query-migrate` says.
     pub fn info(&self) -> MigrationInfo {
-        MigrationInfo::default()
+        self.count();
+        self.0.stats.info(self.status(), 0)
     }
-    /// Ends waiting or receiving if go has not come yet; the machine is discarded.
-    pub fn stop(&self) {}
+
+    /// Takes the receiver's counters over.
+    fn count(&self) {
+        if let Some(r) = &*self.0.receiver.lock() {
+            let (bytes, zero, normal) = r.counters.read();
+            let c = &self.0.stats.counters;
+            c.bytes.store(bytes, Ordering::Relaxed);
+            c.zero.store(zero, Ordering::Relaxed);
+            c.normal.store(normal, Ordering::Relaxed);
+        }
+    }
+
+    /// Ends waiting or receiving if go has not come yet; the machine is discarded. Returns at
+    /// once.
+    pub fn stop(&self) {
+        let _ = self.0.queue.lock().send(Event::Stop);
+    }
+
     /// The operator's decision for a guest that runs here with its output held and whose source
-    /// cannot be reached: release it. Tells whether there was anything to release.
+    /// cannot be reached: release it. Only right when the guest does not run at the source. Tells
+    /// whether there is anything to release.
     pub fn force_release(&self) -> bool {
-        false
+        let held = self.0.held.load(Ordering::Acquire);
+        held && self.0.queue.lock().send(Event::ForceRelease).is_ok()
     }
+
+    /// Whether the guest runs here with its output held, waiting for the source's release.
+    pub fn is_held(&self) -> bool {
+        self.0.held.load(Ordering::Acquire)
+    }
+
     /// Waits for the end.
+    ///
+    /// # Errors
+    /// Why the guest does not run here.
     pub fn wait(&self) -> Result<()> {
-        Err(Error::Lost("not connected".into()))
+        let mut result = self.0.result.lock();
+        loop {
+            if let Some(r) = &*result {
+                return r.clone();
+            }
+            self.0.done.wait(&mut result);
+        }
     }
 }
 
@@ -51,6 +150,371 @@ pub fn listen(
     options: Options,
     events: Arc<dyn Events>,
 ) -> Result<Incoming> {
-    let _ = (endpoint, uri, options, events);
-    Err(Error::Connect("incoming migration is not built in yet".into()))
+    let (listener, uri) = Listener::bind(uri)?;
+    let (tx, rx) = mpsc::channel();
+    let stats = Stats::new(endpoint.memory().size());
+    let inner = Arc::new(Inner {
+        endpoint,
+        events,
+        options,
+        uri,
+        stats,
+        receiver: Mutex::new(None),
+        status: Mutex::new(Status::None),
+        held: AtomicBool::new(false),
+        closed: AtomicBool::new(false),
+        silent: AtomicUsize::new(0),
+        queue: Mutex::new(tx.clone()),
+        result: Mutex::new(None),
+        done: Condvar::new(),
+    });
+    inner.set_status(Status::Setup);
+    let (for_accept, accept_tx) = (inner.clone(), tx.clone());
+    spawn("mig-accept", move || accept(&for_accept, &listener, &accept_tx))?;
+    let for_driver = inner.clone();
+    spawn("mig-incoming", move || Driver::new(for_driver, tx).run(&rx))?;
+    Ok(Incoming(inner))
+}
+
+/// Accepts until the migration is closed, and reads each connection's greeting in a thread.
+fn accept(inner: &Arc<Inner>, listener: &Listener, tx: &mpsc::Sender<Event>) {
+    while !inner.closed.load(Ordering::Acquire) {
+        match listener.accept(SLICE) {
+            Ok(None) => {}
+            Ok(Some(channel)) if inner.silent.load(Ordering::Acquire) < MAX_SILENT => {
+                inner.silent.fetch_add(1, Ordering::AcqRel);
+                let (inner, tx) = (inner.clone(), tx.clone());
+                let greet = move || {
+                    greeting(channel, &tx);
+                    inner.silent.fetch_sub(1, Ordering::AcqRel);
+                };
+                if let Err(e) = spawn("mig-hello", greet) {
+                    tracing::warn!("{e}");
+                }
+            }
+            Ok(Some(_)) => tracing::debug!("too many silent connections; one more is closed"),
+            Err(e) => {
+                tracing::warn!("incoming migration: cannot accept: {e}");
+                std::thread::sleep(SLICE);
+            }
+        }
+    }
+    if matches!(
+        &*inner.result.lock(),
+        Some(Ok(())) | Some(Err(Error::Refused(_) | Error::Cancelled))
+    ) {
+        listener.remove_file();
+    }
+}
+
+fn greeting(channel: Channel, tx: &mpsc::Sender<Event>) {
+    channel.set_read_timeout(HELLO_PATIENCE);
+    match Msg::read(&mut &channel) {
+        Ok(Some(Msg::Hello(hello))) => {
+            channel.set_read_timeout(Duration::ZERO);
+            let _ = tx.send(Event::Greeted { hello, channel });
+        }
+        other => tracing::debug!("a connection without a greeting: {other:?}"),
+    }
+}
+
+struct Driver {
+    inner: Arc<Inner>,
+    tx: mpsc::Sender<Event>,
+    session: session::Dest,
+    control: Option<Arc<Channel>>,
+    epoch: u64,
+    ram: Vec<Option<Arc<Channel>>>,
+    synced: Vec<u64>,
+    inputs: VecDeque<Input>,
+    go: Option<Instant>,
+    restart: bool,
+    close: bool,
+}
+
+impl Driver {
+    fn new(inner: Arc<Inner>, tx: mpsc::Sender<Event>) -> Self {
+        Self {
+            inner,
+            tx,
+            session: session::Dest::new(),
+            control: None,
+            epoch: 0,
+            ram: Vec::new(),
+            synced: Vec::new(),
+            inputs: VecDeque::new(),
+            go: None,
+            restart: false,
+            close: false,
+        }
+    }
+
+    fn run(mut self, rx: &mpsc::Receiver<Event>) {
+        let mut since = Instant::now();
+        while !self.close {
+            if self.restart {
+                self.start_over();
+            }
+            let input = match self.inputs.pop_front() {
+                Some(input) => Some(input),
+                None => self.wait(rx, since),
+            };
+            if let Some(input) = input {
+                if self.step(input) {
+                    since = Instant::now();
+                }
+            }
+        }
+        self.inner.closed.store(true, Ordering::Release);
+        self.hang_up();
+    }
+
+    fn hang_up(&mut self) {
+        self.control.take().iter().for_each(|c| c.shutdown());
+        self.ram.drain(..).flatten().for_each(|c| c.shutdown());
+    }
+
+    /// After a refusal: the next source may come.
+    fn start_over(&mut self) {
+        self.hang_up();
+        self.epoch += 1;
+        self.session = session::Dest::new();
+        self.inputs.clear();
+        self.restart = false;
+    }
+
+    /// Feeds `input`; tells whether anything came of it.
+    fn step(&mut self, input: Input) -> bool {
+        // Until memory moves, the machine is as good as new.
+        let keep = self.inner.options.keep_listening
+            && !self.session.receiving()
+            && !matches!(input, Input::Cancel);
+        let outputs = self.session.step(input);
+        let any = !outputs.is_empty();
+        for output in outputs {
+            match output {
+                Output::Discard if keep => {}
+                Output::End(result) if keep => {
+                    self.inner.events.ended(&result);
+                    self.restart = true;
+                }
+                output => self.perform(output),
+            }
+        }
+        any
+    }
+
+    fn wait(&mut self, rx: &mpsc::Receiver<Event>, since: Instant) -> Option<Input> {
+        let patience = self.session.patience();
+        let event = match patience.filter(|_| self.control.is_some()) {
+            None => rx.recv().ok()?,
+            Some(limit) => match rx.recv_timeout(limit.saturating_sub(since.elapsed())) {
+                Ok(event) => event,
+                Err(_) => return Some(Input::Timeout),
+            },
+        };
+        match event {
+            Event::Greeted { hello, channel } => {
+                self.greeted(hello, channel);
+                None
+            }
+            Event::Control { epoch, .. } if epoch != self.epoch => None,
+            Event::Control { msg: Ok(m), .. } => Some(Input::Msg(m)),
+            Event::Control { msg: Err(e), .. } => Some(Input::ControlLost(e)),
+            Event::Synced { channel, sync } => self.synced(channel, sync),
+            Event::RamLost(e) => Some(Input::RamLost(e)),
+            Event::Stop => Some(Input::Cancel),
+            Event::ForceRelease => Some(Input::ForceRelease),
+        }
+    }
+
+    fn greeted(&mut self, hello: Hello, channel: Channel) {
+        let known = self.session.session() == Some(hello.session);
+        match hello.role {
+            Role::Control if self.session.session().is_none() => {
+                self.use_control(channel);
+                self.inputs.push_back(Input::Msg(Msg::Hello(hello)));
+            }
+            Role::Ram(n) if known => self.ram(usize::from(n), channel),
+            Role::Resolve if known && self.session.may_be_asked() => {
+                self.use_control(channel);
+                self.step(Input::Resolve);
+            }
+            Role::Resolve => answer(&channel, &Msg::Resolution(Resolution::Unknown)),
+            _ => {
+                let why = "another migration is being received here".to_owned();
+                answer(&channel, &Msg::Refuse(vec![why]));
+            }
+        }
+    }
+
+    /// Makes `channel` the current control connection; whatever the old one still says is dropped.
+    fn use_control(&mut self, channel: Channel) {
+        channel.set_write_timeout(WRITE_PATIENCE);
+        let channel = Arc::new(channel);
+        if let Some(old) = self.control.replace(channel.clone()) {
+            old.shutdown();
+        }
+        self.epoch += 1;
+        let (epoch, tx) = (self.epoch, self.tx.clone());
+        let read = move || {
+            loop {
+                let msg = match Msg::read(&mut &*channel) {
+                    Ok(Some(m)) => Ok(m),
+                    Ok(None) => Err(Error::Lost("the source closed the connection".into())),
+                    Err(e) => Err(e),
+                };
+                let stop = msg.is_err();
+                if tx.send(Event::Control { epoch, msg }).is_err() || stop {
+                    return;
+                }
+            }
+        };
+        if let Err(e) = spawn("mig-control", read) {
+            self.inputs.push_back(Input::ControlLost(e));
+        }
+    }
+
+    /// A RAM connection: receives on it in a thread.
+    fn ram(&mut self, n: usize, channel: Channel) {
+        let receiver = self.inner.receiver.lock().clone();
+        let (Some(receiver), Some(slot)) = (receiver, self.ram.get_mut(n)) else {
+            let why = format!("memory connection {n} was not announced");
+            return answer(&channel, &Msg::Refuse(vec![why]));
+        };
+        if slot.is_some() {
+            let why = format!("memory connection {n} is there already");
+            return answer(&channel, &Msg::Refuse(vec![why]));
+        }
+        let ack = HelloAck { version: 1, capabilities: vec![] };
+        answer(&channel, &Msg::HelloAck(ack));
+        let channel = Arc::new(channel);
+        *slot = Some(channel.clone());
+        let tx = self.tx.clone();
+        let receive = move || {
+            let mut synced = |sync| {
+                let _ = tx.send(Event::Synced { channel: n, sync });
+            };
+            if let Err(e) = receiver.run(&*channel, &mut synced) {
+                let _ = tx.send(Event::RamLost(e));
+            }
+        };
+        if let Err(e) = spawn(&format!("mig-ram.{n}"), receive) {
+            self.inputs.push_back(Input::RamLost(e));
+        }
+    }
+
+    /// A round ended on one connection; when it did on all, the session hears of it.
+    fn synced(&mut self, channel: usize, sync: Sync) -> Option<Input> {
+        *self.synced.get_mut(channel)? = sync.round;
+        if self.synced.iter().any(|r| *r < sync.round) {
+            return None;
+        }
+        if sync.last {
+            let receiver = self.inner.receiver.lock().clone();
+            if let Some((at, pages)) = receiver.and_then(|r| r.missing()) {
+                return Some(Input::RamLost(Error::Protocol(format!(
+                    "{pages} pages of memory never came, the first at {at:#x}"
+                ))));
+            }
+        }
+        self.inner.stats.slow.lock().syncs = sync.round;
+        Some(Input::RamSynced { round: sync.round, last: sync.last })
+    }
+
+    fn perform(&mut self, output: Output) {
+        let endpoint = self.inner.endpoint.clone();
+        let input = match output {
+            Output::Send(msg) => self.send(&msg),
+            Output::Check(preamble) => Some(Input::Checked(endpoint.differences(&preamble))),
+            Output::Prepare { channels } => Some(Input::Prepared(self.prepare(channels.into()))),
+            Output::Load(sections) => {
+                let start = Instant::now();
+                Some(Input::Loaded(endpoint.load(sections).map(|()| micros(start.elapsed()))))
+            }
+            Output::AcquireLocks => {
+                self.go = Some(Instant::now());
+                Some(Input::Locked(endpoint.acquire_locks()))
+            }
+            Output::RunHeld => {
+                let go = self.go.unwrap_or_else(Instant::now);
+                let started = endpoint.run_held().map(|()| micros(go.elapsed()));
+                self.inner.held.store(started.is_ok(), Ordering::Release);
+                Some(Input::Started(started))
+            }
+            Output::ReleaseOutput => {
+                self.inner.held.store(false, Ordering::Release);
+                endpoint.release_output();
+                None
+            }
+            Output::Discard => {
+                endpoint.discard();
+                None
+            }
+            Output::Stranded => {
+                let why = "the guest runs here with its output held, and the source that must \
+                           release it cannot be heard. If it does not run at the source, let it \
+                           go on here with cont";
+                tracing::error!("{why}");
+                self.inner.stats.slow.lock().error = Some(why.into());
+                None
+            }
+            Output::End(result) => {
+                self.end(result);
+                None
+            }
+            Output::Close => {
+                self.close = true;
+                None
+            }
+        };
+        self.inputs.extend(input);
+    }
+
+    fn prepare(&mut self, channels: usize) -> std::result::Result<(), String> {
+        self.inner.set_status(Status::Active);
+        self.inner.endpoint.prepare()?;
+        // After it, for that may touch memory.
+        let receiver = Receiver::new(&self.inner.endpoint.memory());
+        *self.inner.receiver.lock() = Some(Arc::new(receiver));
+        self.ram = vec![None; channels];
+        self.synced = vec![0; channels];
+        Ok(())
+    }
+
+    fn send(&mut self, msg: &Msg) -> Option<Input> {
+        let control = self.control.clone()?;
+        let written = msg.encode().and_then(|frame| {
+            (&*control).write_all(&frame).map_err(|e| {
+                Error::Lost(format!("the migration's control connection was lost: {e}"))
+            })
+        });
+        written.err().map(Input::ControlLost)
+    }
+
+    fn end(&mut self, result: Result<()>) {
+        let status = match &result {
+            Ok(()) => Status::Completed,
+            Err(_) => Status::Failed,
+        };
+        if let Err(e) = &result {
+            tracing::warn!("incoming migration: {e}");
+        }
+        self.inner.stats.end(result.as_ref().err().map(ToString::to_string));
+        self.inner.set_status(status);
+        self.inner.events.ended(&result);
+        // Only a source that may have sent go comes back with questions.
+        self.close |= !self.session.may_be_asked();
+        *self.inner.result.lock() = Some(result);
+        self.inner.done.notify_all();
+    }
+}
+
+/// Writes one message on a connection that is not the current one.
+fn answer(channel: &Channel, msg: &Msg) {
+    channel.set_write_timeout(Duration::from_secs(1));
+    let mut to = channel;
+    if let Err(e) = msg.encode().map(|frame| to.write_all(&frame)) {
+        tracing::debug!("{e}");
+    }
 }

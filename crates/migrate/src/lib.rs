@@ -14,13 +14,22 @@
 //! `session` (the protocol with no socket, clock or thread), `channel` (sockets), `sender` and
 //! `receiver` (RAM streams), `stats`.
 
+mod channel;
 pub mod dest;
 pub mod endpoint;
 pub mod events;
 pub mod info;
+mod pace;
 pub mod params;
+mod pending;
+pub mod planner;
+mod populated;
+pub mod ram;
+pub mod receiver;
+mod sender;
 pub mod session;
 pub mod source;
+mod stats;
 pub mod uri;
 pub mod wire;
 mod zero;

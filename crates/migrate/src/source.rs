@@ -1,28 +1,139 @@
-//! The sending side's driver.
+//! The sending side's driver: does what [`session::Source`](crate::session::Source) says, with
+//! sockets, clocks and threads.
+//!
+//! Threads: `migration` runs the session and calls the machine; `mig-control` reads the control
+//! connection; `mig-ram.N` sends on RAM connection N. [`Handle`] only sets flags, puts events into
+//! the migration's queue, and ends connections, so nothing that a monitor calls blocks.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::time::{Duration, Instant};
 
+use mem::DirtySource;
+use parking_lot::{Condvar, Mutex};
+
+use crate::channel::{self, Address, Channel};
+use crate::info::{DowntimePhases, Round};
+use crate::pace::Pacer;
+use crate::pending::Pending;
+use crate::planner::{Observation, Policy, Precopy};
+use crate::populated::populated;
+use crate::sender::{Sender, Shared};
+use crate::session::source::{Input, Output, Plan};
+use crate::session::{self, HELLO_PATIENCE, RESOLVE_PATIENCE};
+use crate::stats::{Stats, micros};
+use crate::wire::{Hello, Msg, Role, SessionId};
 use crate::{Endpoint, Error, Events, MigrationInfo, Parameters, Result, Status, Uri};
 
+/// How long connecting may take.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
+/// How long the machine may take to stand still.
+const QUIESCE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a write on the control connection may block.
+const WRITE_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a cancel waits for the abort message to be written before it ends the connection.
+const CANCEL_PATIENCE: Duration = Duration::from_millis(60);
+/// Bandwidth that is assumed until one was measured: a 1 Gbit/s network's.
+const ASSUMED_BANDWIDTH: u64 = 125_000_000;
+/// Bytes that a round must have sent for its rate to be taken as the connection's.
+const ENOUGH_TO_MEASURE: u64 = 4 << 20;
+/// What the switchover costs beside pages and round trips, until measured.
+const ASSUMED_FIXED: Duration = Duration::from_millis(5);
+
+enum Event {
+    Control { epoch: u64, msg: Result<Msg> },
+    RoundSent,
+    RamLost(Error),
+    Cancel,
+}
+
+struct Inner {
+    endpoint: Arc<dyn Endpoint>,
+    events: Arc<dyn Events>,
+    shared: Shared,
+    status: Mutex<Status>,
+    cancelled: AtomicBool,
+    past_go: AtomicBool,
+    queue: Mutex<mpsc::Sender<Event>>,
+    ram: Mutex<Vec<Arc<Channel>>>,
+    control: Mutex<Option<Arc<Channel>>>,
+    result: Mutex<Option<Result<()>>>,
+    done: Condvar,
+}
+
+impl Inner {
+    fn set_status(&self, status: Status) {
+        let mut now = self.status.lock();
+        if *now != status && !now.is_final() {
+            *now = status;
+            drop(now);
+            tracing::debug!(%status, "outgoing migration");
+            self.events.migration(status);
+        }
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Acquire)
+    }
+}
+
 /// A running or finished outgoing migration.
-pub struct Handle {}
+#[derive(Clone)]
+pub struct Handle(Arc<Inner>);
 
 impl Handle {
     /// Ends the migration if the guest has not been handed over yet; the guest goes on here.
     /// Returns at once; the status is `cancelling`, then `cancelled`. After go, or when it is
     /// over, it does nothing.
-    pub fn cancel(&self) {}
+    pub fn cancel(&self) {
+        let inner = &self.0;
+        if self.status().is_final() || inner.past_go.load(Ordering::Acquire) {
+            return;
+        }
+        if inner.cancelled.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        inner.set_status(Status::Cancelling);
+        // The event goes first, so that a connection that ends now does not look like a failure.
+        let _ = inner.queue.lock().send(Event::Cancel);
+        inner.ram.lock().iter().for_each(|c| c.shutdown());
+        let inner = inner.clone();
+        // Should the migration's thread hang in a write to a peer that stalls, this frees it.
+        let watch = move || {
+            let mut result = inner.result.lock();
+            let late = inner.done.wait_for(&mut result, CANCEL_PATIENCE).timed_out();
+            if late && result.is_none() && !inner.past_go.load(Ordering::Acquire) {
+                inner.control.lock().iter().for_each(|c| c.shutdown());
+            }
+        };
+        let _ = std::thread::Builder::new().name("mig-cancel".into()).spawn(watch);
+    }
+
     /// The status now.
     pub fn status(&self) -> Status {
-        Status::Failed
+        *self.0.status.lock()
     }
+
     /// What `query-migrate` says.
     pub fn info(&self) -> MigrationInfo {
-        MigrationInfo::default()
+        let pending = &self.0.shared.pending;
+        self.0.shared.stats.info(self.status(), pending.pages() + pending.unsent())
     }
+
     /// Waits for the end.
+    ///
+    /// # Errors
+    /// Why the guest was not handed over.
     pub fn wait(&self) -> Result<()> {
-        Err(Error::Lost("not connected".into()))
+        let mut result = self.0.result.lock();
+        loop {
+            if let Some(r) = &*result {
+                return r.clone();
+            }
+            self.0.done.wait(&mut result);
+        }
     }
 }
 
@@ -37,6 +148,557 @@ pub fn start(
     params: Arc<Parameters>,
     events: Arc<dyn Events>,
 ) -> Result<Handle> {
-    let _ = (endpoint, uri, params, events);
-    Err(Error::Connect("outgoing migration is not built in yet".into()))
+    let blockers = endpoint.blockers();
+    if !blockers.is_empty() {
+        return Err(Error::Blocked(blockers));
+    }
+    let memory = endpoint.memory();
+    let (tx, rx) = mpsc::channel();
+    let shared = Shared {
+        pending: Pending::new(&memory),
+        stats: Stats::new(memory.size()),
+        memory,
+        params,
+        pacer: Pacer::default(),
+        populated: OnceLock::new(),
+    };
+    let inner = Arc::new(Inner {
+        endpoint,
+        events,
+        shared,
+        status: Mutex::new(Status::None),
+        cancelled: AtomicBool::new(false),
+        past_go: AtomicBool::new(false),
+        queue: Mutex::new(tx.clone()),
+        ram: Mutex::new(Vec::new()),
+        control: Mutex::new(None),
+        result: Mutex::new(None),
+        done: Condvar::new(),
+    });
+    inner.set_status(Status::Setup);
+    inner.shared.stats.mark("setup");
+    let for_thread = inner.clone();
+    std::thread::Builder::new()
+        .name("migration".into())
+        .spawn(move || Driver::run(for_thread, &uri, tx, &rx))
+        .map_err(|e| Error::Machine(format!("cannot start the migration's thread: {e}")))?;
+    Ok(Handle(inner))
+}
+
+/// Moments of the switchover.
+#[derive(Default)]
+struct Moments {
+    stop: Option<Instant>,
+    quiesced: Option<Instant>,
+    pages_sent: Option<Instant>,
+    saved: Option<Instant>,
+    go: Option<Instant>,
+    running: Option<Instant>,
+}
+
+/// The figures of the round that is under way.
+struct RoundStart {
+    number: u64,
+    at: Instant,
+    at_us: u64,
+    counted: (u64, u64, u64),
+    scan_ns: u64,
+    pages: u64,
+    last: bool,
+    sent: Option<Instant>,
+}
+
+struct Driver {
+    inner: Arc<Inner>,
+    session: session::Source,
+    id: SessionId,
+    address: Address,
+    epoch: u64,
+    tx: mpsc::Sender<Event>,
+    jobs: Vec<mpsc::Sender<(u64, bool)>>,
+    unsent: usize,
+    sources: Vec<Arc<dyn DirtySource>>,
+    started: usize,
+    policy: Box<dyn Policy>,
+    inputs: VecDeque<Input>,
+    round: Option<RoundStart>,
+    bandwidth: u64,
+    round_trip: Duration,
+    moments: Moments,
+    phases: DowntimePhases,
+    first_loss: Option<Instant>,
+    resume_failed: Option<String>,
+    result: Option<Result<()>>,
+}
+
+impl Driver {
+    fn run(inner: Arc<Inner>, uri: &Uri, tx: mpsc::Sender<Event>, rx: &mpsc::Receiver<Event>) {
+        let result = match Self::connect(&inner, uri, tx) {
+            Ok(mut driver) => driver.drive(rx),
+            Err(e) => Err(e),
+        };
+        let status = match &result {
+            Ok(()) => Status::Completed,
+            Err(Error::Cancelled) => Status::Cancelled,
+            Err(_) => Status::Failed,
+        };
+        let error = result.as_ref().err().filter(|e| **e != Error::Cancelled);
+        if let Some(e) = error {
+            tracing::warn!("migration to {uri}: {e}");
+        }
+        inner.shared.stats.mark(status.as_str());
+        inner.shared.stats.end(error.map(ToString::to_string));
+        inner.control.lock().take().iter().for_each(|c| c.shutdown());
+        inner.ram.lock().drain(..).for_each(|c| c.shutdown());
+        inner.set_status(status);
+        inner.events.ended(&result);
+        *inner.result.lock() = Some(result);
+        inner.done.notify_all();
+    }
+
+    fn connect(inner: &Arc<Inner>, uri: &Uri, tx: mpsc::Sender<Event>) -> Result<Self> {
+        let preamble = inner.endpoint.preamble().map_err(Error::Machine)?;
+        let deadline = Instant::now() + CONNECT_PATIENCE;
+        let (control, address) = channel::connect(uri, deadline, &|| inner.is_cancelled())?;
+        let id = uuid::Uuid::new_v4().into_bytes();
+        let mut driver = Self {
+            session: session::Source::new(id, preamble, 1),
+            id,
+            address,
+            epoch: 0,
+            tx,
+            jobs: Vec::new(),
+            unsent: 0,
+            sources: inner.endpoint.dirty_sources(),
+            started: 0,
+            policy: Box::new(Precopy::default()),
+            inputs: VecDeque::from([Input::Connected]),
+            round: None,
+            bandwidth: 0,
+            round_trip: Duration::from_secs(1),
+            moments: Moments::default(),
+            phases: DowntimePhases::default(),
+            first_loss: None,
+            resume_failed: None,
+            result: None,
+            inner: inner.clone(),
+        };
+        driver.use_control(control)?;
+        Ok(driver)
+    }
+
+    /// Makes `control` the current connection and reads it in a thread.
+    fn use_control(&mut self, control: Channel) -> Result<()> {
+        control.set_write_timeout(WRITE_PATIENCE);
+        let control = Arc::new(control);
+        *self.inner.control.lock() = Some(control.clone());
+        self.epoch += 1;
+        let (epoch, tx) = (self.epoch, self.tx.clone());
+        let read = move || {
+            loop {
+                let msg = match Msg::read(&mut &*control) {
+                    Ok(Some(m)) => Ok(m),
+                    Ok(None) => Err(Error::Lost("the destination closed the connection".into())),
+                    Err(e) => Err(e),
+                };
+                let stop = msg.is_err();
+                if tx.send(Event::Control { epoch, msg }).is_err() || stop {
+                    return;
+                }
+            }
+        };
+        spawn("mig-control", read)
+    }
+
+    fn drive(&mut self, rx: &mpsc::Receiver<Event>) -> Result<()> {
+        let mut since = Instant::now();
+        loop {
+            if let Some(result) = self.result.take() {
+                self.stop_sources();
+                return self.conclude(result);
+            }
+            let input = match self.inputs.pop_front() {
+                Some(input) => Some(input),
+                None => self.wait(rx, since),
+            };
+            let Some(input) = input else { continue };
+            self.note(&input);
+            let outputs = self.session.step(input);
+            if !outputs.is_empty() {
+                since = Instant::now();
+            }
+            for output in outputs {
+                self.perform(output);
+            }
+        }
+    }
+
+    /// Waits for the next event, as long as the session's state may last.
+    fn wait(&mut self, rx: &mpsc::Receiver<Event>, since: Instant) -> Option<Input> {
+        let event = match self.session.patience() {
+            None => rx.recv().ok(),
+            Some(patience) => {
+                // A long limit means a long last round.
+                let limit = patience + self.inner.shared.params.downtime_limit() * 2;
+                match rx.recv_timeout(limit.saturating_sub(since.elapsed())) {
+                    Ok(event) => Some(event),
+                    Err(_) => return Some(Input::Timeout),
+                }
+            }
+        };
+        match event? {
+            Event::Control { epoch, .. } if epoch != self.epoch => None,
+            Event::Control { msg: Ok(m), .. } => Some(Input::Msg(m)),
+            Event::Control { msg: Err(e), .. } => Some(Input::ControlLost(e)),
+            Event::RamLost(e) => Some(Input::RamLost(e)),
+            Event::Cancel => Some(Input::Cancel),
+            Event::RoundSent => {
+                self.unsent = self.unsent.saturating_sub(1);
+                (self.unsent == 0).then_some(Input::RoundSent)
+            }
+        }
+    }
+
+    /// Takes the time of what matters for the figures.
+    fn note(&mut self, input: &Input) {
+        let now = Instant::now();
+        let since = |then: Option<Instant>| then.map_or(0, |t| micros(now - t));
+        match input {
+            Input::RoundSent => {
+                if let Some(round) = &mut self.round {
+                    round.sent = Some(now);
+                    if round.last {
+                        self.moments.pages_sent = Some(now);
+                        self.phases.last_pages_us = since(self.moments.quiesced);
+                    }
+                }
+            }
+            Input::Msg(Msg::Ready(load_us)) => {
+                self.phases.load_us = *load_us;
+                let m = &self.moments;
+                self.phases.transfer_load_us = since(m.saved.max(m.pages_sent));
+                self.inner.shared.stats.mark("ready");
+            }
+            Input::Msg(Msg::Running(us)) => {
+                self.phases.start_us = *us;
+                self.running(now);
+            }
+            Input::Msg(Msg::Resolution(crate::wire::Resolution::Running)) => self.running(now),
+            Input::Msg(Msg::Released) => {
+                self.phases.release_us = since(self.moments.running);
+                let downtime = self.moments.stop.map(|t| now - t);
+                let mut slow = self.inner.shared.stats.slow.lock();
+                slow.downtime = downtime;
+                slow.phases = Some(self.phases);
+            }
+            _ => {}
+        }
+    }
+
+    fn running(&mut self, now: Instant) {
+        if self.moments.running.is_some() {
+            return;
+        }
+        self.moments.running = Some(now);
+        self.phases.go_running_us = self.moments.go.map_or(0, |t| micros(now - t));
+        let stats = &self.inner.shared.stats;
+        stats.mark("running");
+        let mut slow = stats.slow.lock();
+        slow.blackout = self.moments.stop.map(|t| now - t);
+        slow.downtime = slow.blackout;
+        slow.phases = Some(self.phases);
+    }
+
+    fn perform(&mut self, output: Output) {
+        let input = match output {
+            Output::Send(msg) => self.send(&msg),
+            Output::OpenRam => Some(match self.open_ram() {
+                Ok(()) => Input::RamUp,
+                Err(e) => Input::RamLost(e),
+            }),
+            Output::Round { number, last } => self.begin_round(number, last),
+            Output::Acked => {
+                self.end_round();
+                None
+            }
+            Output::Plan => Some(match self.plan() {
+                Ok(plan) => Input::Plan(plan),
+                Err(e) => Input::MachineFailed(e),
+            }),
+            Output::Quiesce => Some(Input::Quiesced(self.quiesce())),
+            Output::Save => {
+                let start = Instant::now();
+                let saved = self.inner.endpoint.save();
+                self.moments.saved = Some(Instant::now());
+                self.phases.save_us = micros(start.elapsed());
+                self.inner.shared.stats.mark("saved");
+                Some(Input::Saved(saved))
+            }
+            Output::ReleaseLocks => {
+                self.moments.go = Some(Instant::now());
+                // From here on a cancel would come too late.
+                Some(Input::LocksReleased(self.inner.endpoint.release_locks()))
+            }
+            Output::Reconnect => Some(self.reconnect()),
+            Output::Resume => {
+                self.resume_failed = self.inner.endpoint.resume().err();
+                self.inner.shared.stats.mark("resume");
+                None
+            }
+            Output::HandOver => {
+                self.inner.endpoint.handed_over();
+                None
+            }
+            Output::End(result) => {
+                self.result = Some(result);
+                None
+            }
+        };
+        self.inputs.extend(input);
+    }
+
+    fn send(&mut self, msg: &Msg) -> Option<Input> {
+        if *msg == Msg::Go {
+            self.inner.past_go.store(true, Ordering::Release);
+        }
+        let control = self.inner.control.lock().clone()?;
+        let written = msg.encode().and_then(|frame| {
+            (&*control).write_all(&frame).map_err(|e| {
+                Error::Lost(format!("the migration's control connection was lost: {e}"))
+            })
+        });
+        written.err().map(Input::ControlLost)
+    }
+
+    /// Connects RAM channels, begins to log dirty pages, and starts the senders.
+    fn open_ram(&mut self) -> Result<()> {
+        let inner = self.inner.clone();
+        let deadline = Instant::now() + HELLO_PATIENCE;
+        let channel = channel::connect_to(&self.address, deadline, &|| inner.is_cancelled())
+            .map_err(|e| Error::Connect(format!("memory connection to {}: {e}", self.address)))?;
+        let channel = Arc::new(channel);
+        inner.ram.lock().push(channel.clone());
+        if inner.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
+        greet_ram(&channel, self.id)?;
+        for source in &self.sources {
+            source.start().map_err(|e| {
+                Error::Machine(format!("cannot log dirty pages of {}: {e}", source.name()))
+            })?;
+            self.started += 1;
+        }
+        // After the logs began: what is touched from now on is in them.
+        let maps = inner.shared.memory.regions().iter().map(populated).collect();
+        let _ = inner.shared.populated.set(maps);
+        let (jobs, work) = mpsc::channel();
+        self.jobs.push(jobs);
+        let tx = self.tx.clone();
+        spawn("mig-ram.0", move || send_rounds(&inner, &channel, &work, &tx))?;
+        let stats = &self.inner.shared.stats;
+        stats.slow.lock().setup = Some(stats.start.elapsed());
+        Ok(())
+    }
+
+    fn begin_round(&mut self, number: u64, last: bool) -> Option<Input> {
+        let shared = &self.inner.shared;
+        if last {
+            if let Err(e) = shared.pending.harvest(&self.sources) {
+                return Some(Input::MachineFailed(e));
+            }
+        }
+        let stats = &shared.stats;
+        self.round = Some(RoundStart {
+            number,
+            at: Instant::now(),
+            at_us: stats.now_us(),
+            counted: stats.counters.read(),
+            scan_ns: stats.counters.scan_ns.load(Ordering::Relaxed),
+            pages: shared.pending.begin_round(),
+            last,
+            sent: None,
+        });
+        stats.slow.lock().syncs = number;
+        self.inner.events.pass(number);
+        if number == 1 {
+            stats.mark("active");
+            self.inner.set_status(Status::Active);
+        }
+        self.unsent = self.jobs.len();
+        for jobs in &self.jobs {
+            if jobs.send((number, last)).is_err() {
+                return Some(Input::RamLost(Error::Lost("a memory connection ended".into())));
+            }
+        }
+        None
+    }
+
+    /// The round was acknowledged.
+    fn end_round(&mut self) {
+        let Some(round) = self.round.take() else {
+            return;
+        };
+        let shared = &self.inner.shared;
+        shared.pending.acked();
+        let took = round.at.elapsed();
+        let (bytes, zero, _) = shared.stats.counters.read();
+        let bytes = bytes - round.counted.0;
+        let scan_ns = shared.stats.counters.scan_ns.load(Ordering::Relaxed) - round.scan_ns;
+        let scan = Duration::from_nanos(scan_ns / self.jobs.len().max(1) as u64);
+        let sending = took.saturating_sub(scan).as_secs_f64().max(1e-6);
+        let rate = (bytes as f64 / sending) as u64;
+        if bytes >= ENOUGH_TO_MEASURE {
+            self.bandwidth = rate;
+        }
+        if let Some(sent) = round.sent {
+            self.round_trip = self.round_trip.min(sent.elapsed());
+        }
+        shared.stats.round(Round {
+            round: round.number,
+            at_us: round.at_us,
+            us: micros(took),
+            pages: round.pages,
+            zero_pages: zero - round.counted.1,
+            bytes,
+            dirty_pages: 0,
+            bandwidth: rate,
+            stopped: round.last,
+        });
+        let mut slow = shared.stats.slow.lock();
+        slow.pages_per_second = (round.pages as f64 / took.as_secs_f64().max(1e-6)) as u64;
+    }
+
+    /// Reads the dirty logs and asks the policy.
+    fn plan(&mut self) -> std::result::Result<Plan, String> {
+        let shared = &self.inner.shared;
+        shared.pending.harvest(&self.sources)?;
+        let pending_pages = shared.pending.pages();
+        let mut slow = shared.stats.slow.lock();
+        let (round, took) = match slow.trace.rounds.last_mut() {
+            Some(last) => {
+                last.dirty_pages = pending_pages;
+                (last.round, Duration::from_micros(last.us))
+            }
+            None => (0, Duration::ZERO),
+        };
+        slow.dirty_pages_rate = (pending_pages as f64 / took.as_secs_f64().max(1e-3)) as u64;
+        let seen = Observation {
+            round,
+            pending_pages,
+            took,
+            bandwidth: if self.bandwidth > 0 { self.bandwidth } else { ASSUMED_BANDWIDTH },
+            fixed: ASSUMED_FIXED + self.round_trip * 3,
+            limit: shared.params.downtime_limit(),
+            running: self.inner.endpoint.is_running(),
+        };
+        slow.expected_downtime = Some(seen.expected_downtime());
+        drop(slow);
+        Ok(self.policy.decide(&seen))
+    }
+
+    fn quiesce(&mut self) -> std::result::Result<(), String> {
+        let stats = &self.inner.shared.stats;
+        let now = Instant::now();
+        self.moments.stop = Some(now);
+        stats.mark("stop");
+        stats.slow.lock().bytes_at_stop = Some(stats.counters.read().0);
+        self.inner.endpoint.quiesce(now + QUIESCE_PATIENCE)?;
+        self.moments.quiesced = Some(Instant::now());
+        self.phases.quiesce_us = micros(now.elapsed());
+        self.inner.set_status(Status::Device);
+        Ok(())
+    }
+
+    /// Connects to the same address again, to ask how the destination stands.
+    fn reconnect(&mut self) -> Input {
+        if let Some(old) = self.inner.control.lock().take() {
+            old.shutdown();
+        }
+        let first = *self.first_loss.get_or_insert_with(Instant::now);
+        let deadline = first + RESOLVE_PATIENCE;
+        tracing::warn!("connection lost at the hand-over; asking {} how it stands", self.address);
+        while Instant::now() < deadline {
+            match channel::connect_to(&self.address, deadline, &|| false) {
+                Ok(control) => {
+                    if self.use_control(control).is_ok() {
+                        return Input::Reconnected;
+                    }
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => return Input::Gone,
+                Err(e) => tracing::debug!("{}: {e}", self.address),
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Input::Timeout
+    }
+
+    fn stop_sources(&mut self) {
+        for source in self.sources.drain(..self.started) {
+            if let Err(e) = source.stop() {
+                tracing::warn!("cannot end the dirty log of {}: {e}", source.name());
+            }
+        }
+    }
+
+    /// The result, with what else went wrong.
+    fn conclude(&mut self, result: Result<()>) -> Result<()> {
+        if result.is_err() {
+            self.inner.shared.pending.failed();
+        }
+        match (result, self.resume_failed.take()) {
+            (Err(e), Some(also)) => Err(Error::Machine(format!(
+                "{e}; and the guest could not be resumed here, it stays paused: {also}"
+            ))),
+            // A connection that a cancel ended is the cancel's doing.
+            (Err(_), None) if self.inner.is_cancelled() && !self.past_go() => Err(Error::Cancelled),
+            (result, _) => result,
+        }
+    }
+
+    fn past_go(&self) -> bool {
+        self.inner.past_go.load(Ordering::Acquire)
+    }
+}
+
+/// Tells the destination what the connection is for, and waits for its consent.
+fn greet_ram(channel: &Channel, id: SessionId) -> Result<()> {
+    let lost = |e| Error::Lost(format!("memory connection: {e}"));
+    channel.set_read_timeout(HELLO_PATIENCE);
+    let mut to = channel;
+    to.write_all(&Msg::Hello(Hello::new(id, Role::Ram(0))).encode()?).map_err(lost)?;
+    match Msg::read(&mut &*channel)? {
+        Some(Msg::HelloAck(_)) => Ok(()),
+        Some(Msg::Refuse(why)) => Err(Error::Refused(why)),
+        Some(m) => Err(Error::Protocol(format!("'{}' on a memory connection", m.name()))),
+        None => Err(Error::Lost("the destination closed the memory connection".into())),
+    }
+}
+
+fn send_rounds(
+    inner: &Inner,
+    channel: &Channel,
+    work: &mpsc::Receiver<(u64, bool)>,
+    tx: &mpsc::Sender<Event>,
+) {
+    let cancelled = || inner.is_cancelled();
+    let mut sender = Sender::new(&inner.shared, channel, &cancelled);
+    while let Ok((number, last)) = work.recv() {
+        let event = match sender.round(number, last) {
+            Ok(()) => Event::RoundSent,
+            Err(e) => Event::RamLost(e),
+        };
+        let stop = matches!(event, Event::RamLost(_));
+        if tx.send(event).is_err() || stop {
+            return;
+        }
+    }
+}
+
+/// Starts a thread.
+pub(crate) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(work)
+        .map(drop)
+        .map_err(|e| Error::Machine(format!("cannot start thread {name}: {e}")))
 }

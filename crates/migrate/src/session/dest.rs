@@ -104,6 +104,7 @@ pub struct Dest {
     bytes: usize,
     state_done: bool,
     stranded: bool,
+    was_ready: bool,
 }
 
 impl Default for Dest {
@@ -119,6 +120,7 @@ impl Default for Dest {
             bytes: 0,
             state_done: false,
             stranded: false,
+            was_ready: false,
         }
     }
 }
@@ -149,6 +151,11 @@ impl Dest {
     /// Whether memory may have been written.
     pub fn receiving(&self) -> bool {
         !matches!(self.state, State::Start | State::Preamble | State::Checking)
+    }
+
+    /// Whether the source may have sent go, and so may ask again how this side stands.
+    pub fn may_be_asked(&self) -> bool {
+        self.was_ready
     }
 
     /// Takes in what happened; says what to do.
@@ -207,6 +214,7 @@ impl Dest {
             }
             (State::Loading, Input::Loaded(Ok(us))) => {
                 self.state = State::Ready;
+                self.was_ready = true;
                 vec![Output::Send(Msg::Ready(us))]
             }
             (State::Loading, Input::Loaded(Err(e))) => self.fail(Error::Machine(e)),
@@ -231,7 +239,8 @@ impl Dest {
 
     fn refuse(&mut self, why: Vec<String>) -> Vec<Output> {
         self.state = State::Failed(why.join("; "));
-        vec![Output::Send(Msg::Refuse(why.clone())), Output::End(Err(Error::Refused(why)))]
+        let end = Output::End(Err(Error::Refused(why.clone())));
+        vec![Output::Send(Msg::Refuse(why)), Output::Discard, end]
     }
 
     fn synced(&mut self, round: u64, last: bool) -> Vec<Output> {
