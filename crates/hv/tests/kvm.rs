@@ -262,7 +262,7 @@ fn interrupts_arrive_by_irqfd_and_by_msi() {
 #[test]
 fn many_vcpus_wait_for_their_start() {
     let Some((vm, _mem, _bsp)) = guest(COUNTER) else { return };
-    let cpuid = vm.supported_cpuid().unwrap();
+    let cpuid = cpuid(&vm);
     let threads: Vec<_> = (1..16)
         .map(|id| {
             let mut vcpu = vm.create_vcpu(id).unwrap();

@@ -48,13 +48,19 @@ pub fn long() -> BootEntry {
     BootEntry::Long { rip: CODE, rsi: 0x5678, page_table: PAGE_TABLES, gdt: GDT }
 }
 
+/// The host model's CPUID for the first vCPU: the same on every CPU of this host.
+pub fn cpuid(vm: &KvmVm) -> Vec<hv::CpuidEntry> {
+    let host = vm.supported_cpuid().unwrap();
+    hv::cpu::build(&host, "host", &Default::default(), &Default::default(), 0).unwrap()
+}
+
 /// A VM with one vCPU about to run `code` in long mode.
 pub fn guest(code: &[u8]) -> Option<(Arc<KvmVm>, GuestMemory, Box<dyn Vcpu>)> {
     let vm = vm()?;
     let mem = memory(code);
     vm.map_memory(&mem).unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap();
-    vcpu.set_cpuid(&vm.supported_cpuid().unwrap()).unwrap();
+    vcpu.set_cpuid(&cpuid(&vm)).unwrap();
     vcpu.set_boot(Some(long())).unwrap();
     Some((vm, mem, vcpu))
 }
