@@ -10,6 +10,7 @@
 //! inbox is bounded: input beyond it stays in the chardev; a QMP client that falls behind by more
 //! than [`MAX_EVENTS`] events, or reads nothing for [`WRITE_PATIENCE`], loses its connection.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
@@ -64,8 +65,10 @@ struct Inbox {
 }
 
 enum Item {
-    Opened,
+    /// With the client's number.
+    Opened(u64),
     Closed,
+    Focus(bool),
     Data(Vec<u8>, Vec<OwnedFd>),
 }
 
@@ -90,7 +93,23 @@ impl Monitor {
 
     /// Serves HMP on `chardev`. Errors: no thread can be started.
     pub fn hmp(chardev: Arc<dyn Chardev>, commands: Arc<dyn Commands>) -> std::io::Result<Self> {
-        let mut session = HmpSession::new();
+        Self::start_hmp(HmpSession::new(), chardev, commands)
+    }
+
+    /// Serves HMP on a chardev that it shares with others (`mux=on`): says nothing before it gets
+    /// the keys. Errors: no thread can be started.
+    pub fn hmp_on_mux(
+        chardev: Arc<dyn Chardev>,
+        commands: Arc<dyn Commands>,
+    ) -> std::io::Result<Self> {
+        Self::start_hmp(HmpSession::on_mux(), chardev, commands)
+    }
+
+    fn start_hmp(
+        mut session: HmpSession,
+        chardev: Arc<dyn Chardev>,
+        commands: Arc<dyn Commands>,
+    ) -> std::io::Result<Self> {
         Self::start(Shared::new(false), chardev, "hmp", move |link| {
             let step = |link: &Link, item| hmp_item(&mut session, link, &*commands, item);
             link.run(step);
@@ -103,7 +122,7 @@ impl Monitor {
         name: &str,
         run: impl FnOnce(&Link) + Send + 'static,
     ) -> std::io::Result<Self> {
-        let link = Link { shared: shared.clone(), chardev: chardev.clone() };
+        let link = Link { shared: shared.clone(), chardev: chardev.clone(), serving: Cell::new(0) };
         let worker = std::thread::Builder::new()
             .name(format!("{name}-{}", chardev.label()))
             .spawn(move || run(&link))?;
@@ -133,17 +152,17 @@ impl Shared {
     fn push(&self, item: Item) {
         let mut inbox = self.inbox.lock();
         match &item {
-            Item::Opened => {
+            Item::Opened(client) => {
                 inbox.open = true;
-                inbox.client += 1;
+                inbox.client = *client;
                 inbox.events.clear();
                 inbox.overflow = false;
             }
             Item::Closed => {
                 inbox.open = false;
-                // What the client sent last is not worth running half; QEMU drops it too.
                 inbox.events.clear();
             }
+            Item::Focus(_) => {}
             Item::Data(bytes, _) => inbox.waiting += bytes.len(),
         }
         inbox.items.push_back(item);
@@ -165,11 +184,16 @@ impl Frontend for Shared {
     }
 
     fn opened(&self) {
-        self.push(Item::Opened);
+        let client = self.inbox.lock().client + 1;
+        self.push(Item::Opened(client));
     }
 
     fn closed(&self) {
         self.push(Item::Closed);
+    }
+
+    fn focus(&self, focused: bool) {
+        self.push(Item::Focus(focused));
     }
 }
 
@@ -193,6 +217,8 @@ impl EventSink for Shared {
 struct Link {
     shared: Arc<Shared>,
     chardev: Arc<dyn Chardev>,
+    /// The client whose input is being worked on; the connected one may be another by now.
+    serving: Cell<u64>,
 }
 
 /// What woke the worker.
@@ -230,6 +256,9 @@ impl Link {
                 if let Item::Data(bytes, _) = &item {
                     inbox.waiting -= bytes.len();
                 }
+                if let Item::Opened(client) = &item {
+                    self.serving.set(*client);
+                }
                 let resume = inbox.full && inbox.waiting < MAX_INPUT / 2;
                 if resume {
                     inbox.full = false;
@@ -253,42 +282,41 @@ impl Link {
         std::mem::take(&mut self.shared.inbox.lock().events)
     }
 
-    /// Sends all of `bytes`, waiting for a slow client; one that reads nothing for
-    /// [`WRITE_PATIENCE`] is disconnected.
+    /// Whether the client that is being served is still there.
+    fn connected(&self) -> bool {
+        let inbox = self.shared.inbox.lock();
+        inbox.open && inbox.client == self.serving.get()
+    }
+
+    /// Sends all of `bytes` to the client that is being served, waiting for a slow one; one that
+    /// reads nothing for [`WRITE_PATIENCE`] is disconnected.
     fn send(&self, bytes: &[u8]) {
-        let client = self.shared.inbox.lock().client;
         let mut rest = bytes;
         let mut since = Instant::now();
-        while !rest.is_empty() {
+        while !rest.is_empty() && self.connected() {
             let taken = self.chardev.write(rest).min(rest.len());
             rest = &rest[taken..];
             if taken > 0 {
                 since = Instant::now();
-            }
-            if rest.is_empty() {
-                return;
-            }
-            {
-                let mut inbox = self.shared.inbox.lock();
-                if inbox.stop || !inbox.open || inbox.client != client {
-                    return;
-                }
-                if taken == 0 {
-                    self.shared.wake.wait_for(&mut inbox, RETRY);
-                }
+                continue;
             }
             if since.elapsed() > WRITE_PATIENCE {
                 tracing::warn!("monitor {}: the client reads nothing", self.chardev.label());
                 self.chardev.disconnect();
                 return;
             }
+            let mut inbox = self.shared.inbox.lock();
+            if inbox.stop {
+                return;
+            }
+            self.shared.wake.wait_for(&mut inbox, RETRY);
         }
     }
 }
 
 fn qmp_item(session: &mut QmpSession, link: &Link, commands: &dyn Commands, work: Work) -> bool {
     match work {
-        Work::Item(Item::Opened) => {
+        Work::Item(Item::Opened(_)) => {
             session.reset();
             link.send(&session.greeting());
         }
@@ -306,7 +334,7 @@ fn qmp_item(session: &mut QmpSession, link: &Link, commands: &dyn Commands, work
             tracing::warn!("monitor {}: too many events wait", link.chardev.label());
             link.chardev.disconnect();
         }
-        Work::Tick => {}
+        Work::Item(Item::Focus(_)) | Work::Tick => {}
     }
     false
 }
@@ -338,11 +366,13 @@ fn qmp_steps(session: &mut QmpSession, link: &Link, commands: &dyn Commands) {
 
 fn hmp_item(session: &mut HmpSession, link: &Link, commands: &dyn Commands, work: Work) -> bool {
     let output = match work {
-        Work::Item(Item::Opened) => session.open(),
+        Work::Item(Item::Opened(_)) => session.open(),
         Work::Item(Item::Closed) => {
             session.reset();
             return false;
         }
+        Work::Item(Item::Focus(true)) => session.focus(),
+        Work::Item(Item::Focus(false)) => return session.waiting(),
         Work::Item(Item::Data(bytes, _)) => session.receive(&bytes, commands),
         Work::Tick => session.tick(commands),
         Work::Event(_) | Work::Overflow => return session.waiting(),

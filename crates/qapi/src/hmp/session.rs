@@ -22,6 +22,10 @@ pub struct HmpSession {
     /// A migration that this terminal waits for.
     migrating: bool,
     typed_ahead: Vec<u8>,
+    /// Nothing is shown before the keys come here.
+    mux: bool,
+    /// The prompt has been shown since the client came.
+    shown: bool,
 }
 
 impl HmpSession {
@@ -30,15 +34,30 @@ impl HmpSession {
         Self::default()
     }
 
+    /// A session on a chardev that it shares with others.
+    pub fn on_mux() -> Self {
+        Self { mux: true, ..Self::default() }
+    }
+
     /// A client came: the banner and the prompt.
     pub fn open(&mut self) -> Output {
         self.reset();
+        if self.mux { Output::default() } else { self.prompt() }
+    }
+
+    /// The keys come here now: the prompt, the first time with the banner.
+    pub fn focus(&mut self) -> Output {
+        if self.migrating { Output::default() } else { self.prompt() }
+    }
+
+    fn prompt(&mut self) -> Output {
         let banner = concat!(
             "QEMU 8.2.0 monitor (tern-",
             env!("CARGO_PKG_VERSION"),
             ") - type 'help' for more information\r\n"
         );
-        let mut bytes = banner.as_bytes().to_vec();
+        let first = !std::mem::replace(&mut self.shown, true);
+        let mut bytes = if first { banner.as_bytes().to_vec() } else { Vec::new() };
         self.editor.show(&mut bytes);
         Output { bytes }
     }
@@ -47,6 +66,7 @@ impl HmpSession {
     pub fn reset(&mut self) {
         self.editor.reset();
         self.migrating = false;
+        self.shown = false;
         self.typed_ahead.clear();
         self.fds.0.lock().clear();
     }

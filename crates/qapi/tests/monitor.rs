@@ -1,0 +1,198 @@
+//! Monitors on real sockets: replies, events, several clients, clients that stall, HMP.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use chardev::Chardev;
+use qapi::{ClientFds, Commands, Error, EventBus, Monitor};
+use serde_json::{Value, json};
+
+/// A machine of which only what monitors need is there.
+struct Machine {
+    events: EventBus,
+    polls: AtomicU32,
+}
+
+impl Commands for Machine {
+    fn execute(&self, name: &str, arguments: Value, fds: &ClientFds) -> Result<Value, Error> {
+        match name {
+            "stop" => self.events.emit("STOP", None),
+            "query-status" => {
+                return Ok(json!({"running": true, "singlestep": false, "status": "running"}));
+            }
+            "set_link" => {
+                return Err(Error::device_not_found(arguments["name"].as_str().unwrap()));
+            }
+            "migrate" => {
+                let uri = arguments["uri"].as_str().unwrap();
+                if let Some(fd) = uri.strip_prefix("fd:") {
+                    let fd = fds.0.lock().remove(fd);
+                    return fd.map(|_| json!({})).ok_or_else(|| Error::generic("no such fd"));
+                }
+            }
+            "query-migrate" => {
+                let n = self.polls.fetch_add(1, Ordering::SeqCst);
+                let status = if n < 3 { "active" } else { "completed" };
+                return Ok(json!({"status": status, "ram": {"total": 100, "remaining": 60}}));
+            }
+            _ => {}
+        }
+        Ok(json!({}))
+    }
+}
+
+struct World {
+    machine: Arc<Machine>,
+    events: EventBus,
+    _dir: tempfile::TempDir,
+    path: std::path::PathBuf,
+    monitor: Option<Monitor>,
+}
+
+fn world(hmp: bool) -> World {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let config = spec::Chardev {
+        id: "m".into(),
+        kind: spec::ChardevKind::Socket {
+            address: spec::SocketAddress::Unix { path: path.clone() },
+            server: true,
+            wait: false,
+            reconnect: 0,
+        },
+        mux: false,
+        logfile: None,
+    };
+    let chardev: Arc<dyn Chardev> = chardev::open(&config, chardev::Options::monitor()).unwrap();
+    let events = EventBus::new();
+    let machine = Arc::new(Machine { events: events.clone(), polls: AtomicU32::new(0) });
+    let monitor = if hmp {
+        Monitor::hmp(chardev, machine.clone())
+    } else {
+        Monitor::qmp(chardev, machine.clone(), &events, false)
+    };
+    World { machine, events, _dir: dir, path, monitor: Some(monitor.unwrap()) }
+}
+
+struct Client {
+    reader: BufReader<UnixStream>,
+}
+
+impl Client {
+    fn new(path: &Path) -> Self {
+        let stream = UnixStream::connect(path).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        Self { reader: BufReader::new(stream) }
+    }
+    fn ready(path: &Path) -> Self {
+        let mut client = Self::new(path);
+        assert!(client.line().contains("QMP"));
+        client.send(r#"{"execute":"qmp_capabilities"}"#);
+        assert_eq!(client.line(), r#"{"return":{}}"#);
+        client
+    }
+    fn send(&mut self, text: &str) {
+        self.reader.get_mut().write_all(text.as_bytes()).unwrap();
+    }
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.reader.read_line(&mut line).unwrap();
+        assert!(line.ends_with("\r\n"), "{line:?}");
+        line.trim_end().to_string()
+    }
+    fn until(&mut self, end: &str) -> String {
+        let mut text = Vec::new();
+        let mut byte = [0];
+        while !String::from_utf8_lossy(&text).ends_with(end) {
+            self.reader.read_exact(&mut byte).unwrap();
+            text.push(byte[0]);
+        }
+        String::from_utf8(text).unwrap()
+    }
+}
+
+#[test]
+fn an_event_goes_out_before_the_reply_of_the_command_that_caused_it() {
+    let w = world(false);
+    let mut c = Client::ready(&w.path);
+    c.send(r#"{"execute":"stop","id":1}"#);
+    let event: Value = serde_json::from_str(&c.line()).unwrap();
+    assert_eq!(event["event"], "STOP");
+    assert_eq!(c.line(), r#"{"return":{},"id":1}"#);
+}
+
+#[test]
+fn one_client_after_another_gets_a_greeting_and_none_of_the_others_state() {
+    let w = world(false);
+    for _ in 0..5 {
+        let mut c = Client::ready(&w.path);
+        c.send(r#"{"execute":"query-status"}{"execute":"#);
+        assert!(c.line().contains("running"));
+    }
+}
+
+#[test]
+fn hmp_through_qmp_and_errors() {
+    let w = world(false);
+    let mut c = Client::ready(&w.path);
+    c.send(r#"{"execute":"human-monitor-command","arguments":{"command-line":"info status"}}"#);
+    assert_eq!(c.line(), r#"{"return":"VM status: running\r\n"}"#);
+    c.send(r#"{"execute":"human-monitor-command","arguments":{"command-line":"nope"}}"#);
+    assert_eq!(c.line(), r#"{"return":"unknown command: 'nope'\r\n"}"#);
+    c.send(r#"{"execute":"set_link","arguments":{"name":"n","up":false}}"#);
+    assert!(c.line().contains(r#""class":"DeviceNotFound","desc":"Device 'n' not found""#));
+}
+
+#[test]
+fn a_client_that_reads_nothing_harms_nobody() {
+    let w = world(false);
+    let mut stalled = Client::ready(&w.path);
+    let flood = r#"{"execute":"query-qmp-schema"}"#.repeat(50);
+    // The socket fills in both directions; the client never reads.
+    stalled.reader.get_mut().set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    for _ in 0..200 {
+        if stalled.reader.get_mut().write_all(flood.as_bytes()).is_err() {
+            break;
+        }
+    }
+    let start = Instant::now();
+    for n in 0..100_000 {
+        w.events.emit("MIGRATION_PASS", Some(json!({"pass": n})));
+    }
+    assert!(start.elapsed() < Duration::from_secs(5));
+    drop(stalled);
+    let mut c = Client::ready(&w.path);
+    c.send(r#"{"execute":"query-status"}"#);
+    assert!(c.line().contains("running"));
+}
+
+#[test]
+fn dropping_a_monitor_ends_its_thread() {
+    let mut w = world(false);
+    let _c = Client::ready(&w.path);
+    let start = Instant::now();
+    drop(w.monitor.take());
+    assert!(start.elapsed() < Duration::from_secs(2));
+    w.events.emit("STOP", None);
+}
+
+#[test]
+fn hmp_edits_completes_and_waits_for_a_migration() {
+    let w = world(true);
+    let mut c = Client::new(&w.path);
+    assert!(c.until("(qemu) ").starts_with("QEMU 8.2.0 monitor"));
+    c.send("info sta\t\r");
+    let text = c.until("(qemu) ");
+    assert!(text.contains("info status ") && text.contains("VM status: running\r\n"), "{text:?}");
+    c.send("migrate tcp:x:1\ninfo name\n");
+    let text = c.until("Completed 100 %\r\n(qemu) ");
+    assert!(text.contains("Completed 40 %\r"), "{text:?}");
+    assert!(c.until("(qemu) ").contains("info name"));
+    assert!(w.machine.polls.load(Ordering::SeqCst) >= 4);
+    c.send("migrate -b tcp:x:1\n");
+    assert!(c.until("(qemu) ").contains("Error: disks cannot be copied"));
+}
