@@ -64,7 +64,7 @@ struct Inner {
 impl Inner {
     fn set_status(&self, status: Status) {
         let mut now = self.status.lock();
-        if *now != status && !now.is_final() || *now == Status::None {
+        if *now != status && (*now == Status::None || !now.is_final()) {
             *now = status;
             drop(now);
             tracing::debug!(%status, "incoming migration");

@@ -8,8 +8,9 @@ use crate::Parameters;
 
 /// Longest sleep at once, so that a changed limit or a cancel is seen soon.
 const SLICE: Duration = Duration::from_millis(10);
-/// How much time's worth of bytes may be saved up.
-const BURST: f64 = 0.005;
+/// How much time's worth of bytes may be saved up: what a host that wakes the sender late costs is
+/// caught up.
+const BURST: f64 = 0.05;
 
 /// The bucket. It may be overdrawn by one frame, which the next one waits off.
 #[derive(Debug)]

@@ -1,0 +1,241 @@
+//! Both drivers over real sockets, with memory that changes all the time.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use common::{Lock, Log, Machine, exactly_one};
+use migrate::dest::{self, Options};
+use migrate::{Error, NoEvents, Parameters, Status, Uri, source};
+
+fn unlimited() -> Arc<Parameters> {
+    let p = Parameters::default();
+    p.set_max_bandwidth(0);
+    Arc::new(p)
+}
+
+fn local() -> Uri {
+    "tcp:127.0.0.1:0".parse().unwrap()
+}
+
+fn eventually(what: &str, mut is: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is() {
+        assert!(start.elapsed() < Duration::from_secs(10), "{what} did not come");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn there_and_back_several_times_over_tcp_and_unix() {
+    let dir = tempfile::tempdir().unwrap();
+    let lock = Lock::default();
+    let mut here = Machine::new("first", 64, &lock);
+    here.guest.rate.store(20_000, Ordering::SeqCst);
+    here.boot();
+    for i in 0..6 {
+        let name = ["a", "b", "c", "d", "e", "f"][i];
+        let there = Machine::new(name, 64, &lock);
+        let unix = Uri::Unix { path: dir.path().join("sock") };
+        let uri = [local(), unix, "tcp:[::1]:0".parse().unwrap()][i % 3].clone();
+        let (log, dest_log) = (Arc::new(Log::default()), Arc::new(Log::default()));
+        let incoming =
+            dest::listen(there.clone(), &uri, Options::default(), dest_log.clone()).unwrap();
+        let out = source::start(here.clone(), incoming.uri(), unlimited(), log.clone()).unwrap();
+        out.wait().unwrap();
+        incoming.wait().unwrap();
+        assert_eq!(exactly_one(&here, &there).name, name);
+        assert!(here.handed_over.load(Ordering::SeqCst));
+        let info = out.info();
+        let ram = info.ram.as_ref().unwrap();
+        assert_eq!(info.status, Some(Status::Completed));
+        assert_eq!((ram.remaining, ram.total), (0, 64 << 20));
+        assert!(ram.normal >= 64 * 256 / 3 && ram.duplicate > 0, "{ram:?}");
+        assert!(ram.dirty_sync_count >= 2 && info.tern_blackout_us.unwrap() > 0);
+        println!("{}", serde_json::to_string(&info).unwrap());
+        let log = log.0.lock();
+        assert_eq!(log[..3], ["setup", "pass 1", "active"]);
+        assert_eq!(log.last().unwrap(), "completed");
+        assert_eq!(*dest_log.0.lock(), ["setup", "active", "completed"]);
+        drop(log);
+        here = there;
+    }
+    here.stop();
+}
+
+#[test]
+fn a_stopped_guest_moves_in_one_round_and_a_last_one() {
+    let lock = Lock::default();
+    let (here, there) = (Machine::new("src", 16, &lock), Machine::new("dst", 16, &lock));
+    here.boot();
+    here.stop();
+    // What the destination's memory held before must not survive.
+    there.memory.write(0x1000, &[9; 64]).unwrap();
+    there.memory.write((4 << 30) + 0x5000, &[9; 64]).unwrap();
+    let incoming =
+        dest::listen(there.clone(), &local(), Options::default(), Arc::new(NoEvents)).unwrap();
+    let out = source::start(here.clone(), incoming.uri(), unlimited(), Arc::new(NoEvents)).unwrap();
+    out.wait().unwrap();
+    incoming.wait().unwrap();
+    assert_eq!(here.checksum(), {
+        there.stop();
+        there.checksum()
+    });
+}
+
+#[test]
+fn a_destination_that_differs_refuses_and_both_name_what() {
+    let lock = Lock::default();
+    let (here, there) = (Machine::new("src", 16, &lock), Machine::new("dst", 32, &lock));
+    here.guest.rate.store(1000, Ordering::SeqCst);
+    here.boot();
+    let keep = Options { keep_listening: true };
+    let incoming = dest::listen(there.clone(), &local(), keep, Arc::new(NoEvents)).unwrap();
+    for _ in 0..2 {
+        let out =
+            source::start(here.clone(), incoming.uri(), unlimited(), Arc::new(NoEvents)).unwrap();
+        let e = out.wait().unwrap_err();
+        assert!(matches!(&e, Error::Refused(_)), "{e}");
+        let (src, dst) = (format!("{}", 8 << 20), format!("{}", 16 << 20));
+        assert!(e.to_string().contains(&src) && e.to_string().contains(&dst), "{e}");
+        assert_eq!(out.info().error_desc, Some(e.to_string()));
+        assert_eq!(out.info().ram.unwrap().transferred, 0);
+        assert!(!there.discarded.load(Ordering::SeqCst));
+        exactly_one(&here, &there);
+    }
+    incoming.stop();
+    assert_eq!(incoming.wait(), Err(Error::Cancelled));
+    assert!(there.discarded.load(Ordering::SeqCst));
+    here.stop();
+}
+
+#[test]
+fn what_fails_at_the_destination_leaves_the_guest_at_the_source() {
+    for locks in [false, true] {
+        let lock = Lock::default();
+        let (here, there) = (Machine::new("src", 16, &lock), Machine::new("dst", 16, &lock));
+        here.boot();
+        there.fail_locks.store(locks, Ordering::SeqCst);
+        there.fail_load.store(!locks, Ordering::SeqCst);
+        let incoming =
+            dest::listen(there.clone(), &local(), Options::default(), Arc::new(NoEvents)).unwrap();
+        let out =
+            source::start(here.clone(), incoming.uri(), unlimited(), Arc::new(NoEvents)).unwrap();
+        assert!(matches!(out.wait(), Err(Error::Peer(_))));
+        assert!(matches!(incoming.wait(), Err(Error::Machine(_))));
+        assert_eq!(exactly_one(&here, &there).name, "src");
+        here.stop();
+    }
+}
+
+#[test]
+fn nobody_there_is_said_at_once() {
+    let lock = Lock::default();
+    let here = Machine::new("src", 16, &lock);
+    here.boot();
+    let start = Instant::now();
+    let dead = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    for uri in [format!("tcp:127.0.0.1:{dead}"), "unix:/nonexistent/sock".into()] {
+        let out =
+            source::start(here.clone(), uri.parse().unwrap(), unlimited(), Arc::new(NoEvents))
+                .unwrap();
+        let e = out.wait().unwrap_err();
+        assert!(matches!(e, Error::Connect(_)), "{e}");
+        assert_eq!(out.status(), Status::Failed);
+    }
+    assert!(start.elapsed() < Duration::from_secs(2) && here.running());
+    here.stop();
+}
+
+#[test]
+fn cancel_works_in_every_phase_within_100_ms() {
+    let lock = Lock::default();
+    let here = Machine::new("src", 64, &lock);
+    here.boot();
+    for ms in [0, 1, 3, 10, 30, 100, 200] {
+        let there = Machine::new("dst", 64, &lock);
+        let params = Parameters::default();
+        params.set_max_bandwidth(20 << 20);
+        let incoming =
+            dest::listen(there.clone(), &local(), Options::default(), Arc::new(NoEvents)).unwrap();
+        let log = Arc::new(Log::default());
+        let out =
+            source::start(here.clone(), incoming.uri(), Arc::new(params), log.clone()).unwrap();
+        std::thread::sleep(Duration::from_millis(ms));
+        let start = Instant::now();
+        out.cancel();
+        assert_eq!(out.wait(), Err(Error::Cancelled));
+        assert!(start.elapsed() < Duration::from_millis(100), "{:?}", start.elapsed());
+        assert_eq!(out.status(), Status::Cancelled);
+        let log = log.0.lock();
+        assert_eq!(log[log.len() - 2..], ["cancelling", "cancelled"]);
+        incoming.stop();
+        assert!(incoming.wait().is_err());
+        assert_eq!(exactly_one(&here, &there).name, "src");
+    }
+    here.stop();
+}
+
+#[test]
+fn cancel_frees_a_migration_to_a_peer_that_stalls() {
+    let lock = Lock::default();
+    let here = Machine::new("src", 16, &lock);
+    here.boot();
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = Uri::Tcp { host: "127.0.0.1".into(), port: silent.local_addr().unwrap().port() };
+    let out = source::start(here.clone(), uri, unlimited(), Arc::new(NoEvents)).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    let start = Instant::now();
+    out.cancel();
+    assert_eq!(out.wait(), Err(Error::Cancelled));
+    assert!(start.elapsed() < Duration::from_millis(100));
+    here.stop();
+}
+
+#[test]
+fn a_live_change_of_max_bandwidth_and_the_rate_itself() {
+    let lock = Lock::default();
+    let (here, there) = (Machine::new("src", 96, &lock), Machine::new("dst", 96, &lock));
+    here.boot();
+    here.stop();
+    let params = Arc::new(Parameters::default());
+    params.set_max_bandwidth(50 << 20);
+    let incoming =
+        dest::listen(there.clone(), &local(), Options::default(), Arc::new(NoEvents)).unwrap();
+    let out =
+        source::start(here.clone(), incoming.uri(), params.clone(), Arc::new(NoEvents)).unwrap();
+    eventually("the first pages", || out.info().ram.unwrap().transferred > 1 << 20);
+    let (start, before) = (Instant::now(), out.info().ram.unwrap().transferred);
+    std::thread::sleep(Duration::from_millis(300));
+    let sent = out.info().ram.unwrap().transferred - before;
+    let rate = sent as f64 / start.elapsed().as_secs_f64() / f64::from(50 << 20);
+    assert!((0.9..1.1).contains(&rate), "{rate}");
+    params.set_max_bandwidth(0);
+    out.wait().unwrap();
+    incoming.wait().unwrap();
+    assert!(start.elapsed() < Duration::from_millis(900), "{:?}", start.elapsed());
+    there.stop();
+}
+
+#[test]
+fn garbage_and_silent_connections_disturb_nobody() {
+    use std::io::Write;
+    let lock = Lock::default();
+    let (here, there) = (Machine::new("src", 16, &lock), Machine::new("dst", 16, &lock));
+    here.boot();
+    let incoming =
+        dest::listen(there.clone(), &local(), Options::default(), Arc::new(NoEvents)).unwrap();
+    let Uri::Tcp { port, .. } = incoming.uri() else { panic!() };
+    let connect = || std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let _silent: Vec<_> = (0..5).map(|_| connect()).collect();
+    connect().write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    let mut half = connect();
+    half.write_all(b"TnMC\0\0\0\0").unwrap();
+    let out = source::start(here.clone(), incoming.uri(), unlimited(), Arc::new(NoEvents)).unwrap();
+    out.wait().unwrap();
+    incoming.wait().unwrap();
+    assert_eq!(exactly_one(&here, &there).name, "dst");
+    there.stop();
+}
