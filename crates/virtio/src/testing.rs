@@ -10,7 +10,7 @@ pub use hostile::hostile;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering, fence};
 
 use mem::{Backing, BackingKind, GuestMemory, RegionSpec};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -69,6 +69,8 @@ pub struct DriverRing {
     next_used: u16,
     avail_wrap: bool,
     used_wrap: bool,
+    /// Ring entries added since the last [`needs_kick`](Self::needs_kick).
+    unkicked: u16,
 }
 
 impl DriverRing {
@@ -91,6 +93,7 @@ impl DriverRing {
             next_used: 0,
             avail_wrap: true,
             used_wrap: true,
+            unkicked: 0,
         }
     }
 
@@ -177,10 +180,11 @@ impl DriverRing {
         let ids: Vec<u16> = self.free.drain(..list.len()).collect();
         let id = ids[0];
         if self.packed() {
-            self.add_packed(id, &list)
+            self.add_packed(id, &list);
         } else {
-            self.add_split(&ids, &list)
+            self.add_split(&ids, &list);
         }
+        self.unkicked += if self.packed() { ids.len() as u16 } else { 1 };
         self.outstanding.insert(id, ids);
         Some(id)
     }
@@ -302,6 +306,39 @@ impl DriverRing {
     /// Whether the device wants no kicks at all (flags only, not the event index).
     pub fn kicks_disabled(&self) -> bool {
         if self.packed() { self.u16_at(self.used + 2) == 1 } else { self.u16_at(self.used) == 1 }
+    }
+
+    /// Whether the device is to be kicked for what was added since the last call.
+    pub fn needs_kick(&mut self) -> bool {
+        fence(Ordering::SeqCst);
+        let count = std::mem::take(&mut self.unkicked);
+        if count == 0 {
+            return false;
+        }
+        let flags = self.u16_at(if self.packed() { self.used + 2 } else { self.used });
+        let mut event = self.kick_event();
+        if !has(self.features, VIRTIO_F_EVENT_IDX) {
+            return flags == 0;
+        }
+        if self.packed() {
+            if flags != 2 {
+                return flags == 0;
+            }
+            let wrap = event & 0x8000 != 0;
+            event &= 0x7fff;
+            if wrap != self.avail_wrap {
+                event = event.wrapping_sub(self.size);
+            }
+        }
+        // The event lies among the entries that were just added.
+        self.next_avail.wrapping_sub(1).wrapping_sub(event) < count
+    }
+
+    /// Whether something is used that [`poll_used`](Self::poll_used) would give; after
+    /// [`enable_interrupts`](Self::enable_interrupts), so that no interrupt is missed.
+    pub fn has_used(&self) -> bool {
+        fence(Ordering::SeqCst);
+        if self.packed() { self.poll_packed().is_some() } else { self.poll_split().is_some() }
     }
 
     /// Where the device asks to be kicked, with the event index.

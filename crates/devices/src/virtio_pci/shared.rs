@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use parking_lot::Mutex;
 use virtio::features::status;
 use virtio::{ConfigEvents, Interrupt};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::layout::NO_VECTOR;
 use crate::irq::IrqLine;
@@ -44,7 +44,8 @@ impl Shared {
         intx: Option<Arc<dyn IrqLine>>,
         queues: usize,
     ) -> io::Result<Self> {
-        let kicks = (0..queues).map(|_| EventFd::new(EFD_NONBLOCK)).collect::<Result<_, _>>()?;
+        let kick = |_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+        let kicks = (0..queues).map(kick).collect::<Result<_, _>>()?;
         Ok(Self {
             name: name.into(),
             config: Mutex::new(config),

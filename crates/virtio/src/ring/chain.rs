@@ -189,9 +189,15 @@ impl Chain {
         self.touched.set(0);
     }
 
-    /// Adds a buffer. Empty ones are left out.
+    /// Adds a buffer in `mem`, the same memory as given to `begin`. Empty ones are left out.
     #[inline]
-    pub(super) fn add(&mut self, addr: u64, len: u32, writable: bool) -> Result<(), RingError> {
+    pub(super) fn add(
+        &mut self,
+        mem: &GuestMemory,
+        addr: u64,
+        len: u32,
+        writable: bool,
+    ) -> Result<(), RingError> {
         if !writable && self.iov.len() > self.readable {
             return Err(RingError::Order);
         }
@@ -200,9 +206,7 @@ impl Chain {
         if total.is_none() {
             return Err(RingError::TotalLength);
         }
-        let Self { mem: Some(mem), iov, gpa, .. } = self else {
-            return Err(RingError::Buffer { addr, len });
-        };
+        let Self { iov, gpa, .. } = self;
         let mut done = 0;
         while done < len {
             if iov.len() >= MAX_SEGMENTS {
@@ -229,6 +233,7 @@ impl Chain {
     /// in order.
     pub(super) fn add_indirect(
         &mut self,
+        mem: &GuestMemory,
         table: u64,
         len: u32,
         split: bool,
@@ -236,9 +241,6 @@ impl Chain {
         if len == 0 || !len.is_multiple_of(DESC_SIZE) {
             return Err(RingError::IndirectLength(len));
         }
-        let Some(mem) = self.mem.clone() else {
-            return Err(RingError::Buffer { addr: table, len });
-        };
         let host =
             mem.slice(table, len as usize).map_err(|_| RingError::Buffer { addr: table, len })?;
         let size = len / DESC_SIZE;
@@ -255,7 +257,7 @@ impl Chain {
             if flags & DESC_INDIRECT != 0 {
                 return Err(RingError::IndirectNested);
             }
-            self.add(d.addr, d.len, flags & DESC_WRITE != 0)?;
+            self.add(mem, d.addr, d.len, flags & DESC_WRITE != 0)?;
             if !split {
                 i += 1;
             } else if flags & DESC_NEXT == 0 {

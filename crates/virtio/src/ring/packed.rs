@@ -160,10 +160,10 @@ impl PackedRing {
                 if flags & DESC_NEXT != 0 || entries > 1 {
                     return Err(RingError::IndirectNested);
                 }
-                chain.add_indirect(d.addr, d.len, false)?;
+                chain.add_indirect(&self.mem, d.addr, d.len, false)?;
                 return Ok((id, 1));
             }
-            chain.add(d.addr, d.len, flags & DESC_WRITE != 0)?;
+            chain.add(&self.mem, d.addr, d.len, flags & DESC_WRITE != 0)?;
             if flags & DESC_NEXT == 0 {
                 return Ok((id, entries));
             }

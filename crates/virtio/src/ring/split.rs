@@ -117,9 +117,9 @@ impl SplitRing {
                 if flags & DESC_NEXT != 0 {
                     return Err(RingError::IndirectNested);
                 }
-                return chain.add_indirect(d.addr, d.len, true);
+                return chain.add_indirect(&self.mem, d.addr, d.len, true);
             }
-            chain.add(d.addr, d.len, flags & DESC_WRITE != 0)?;
+            chain.add(&self.mem, d.addr, d.len, flags & DESC_WRITE != 0)?;
             if flags & DESC_NEXT == 0 {
                 return Ok(());
             }

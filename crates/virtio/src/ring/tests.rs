@@ -1,5 +1,7 @@
 //! Both formats against a model of the driver; split against the `virtio-queue` crate; nonsense.
 
+mod threads;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
