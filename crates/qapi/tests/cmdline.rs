@@ -99,6 +99,7 @@ fn libvirts_command_lines_are_taken_but_for_what_is_named() {
             "'pcie-pci-bridge'",
             "display server",
             "no netdev",
+            "'i6300esb'",
             "block node",
             "no snapshots",
             "snapshots are not available",

@@ -85,9 +85,7 @@ pub const OPTIONS: &[OptionSpec] = &[
         b.machine.process.daemonize = true;
         Ok(())
     }),
-    run("debugcon", "DEV", |_, o, _| {
-        Err(super::invalid(o, "the debug console is not available; use -serial"))
-    }),
+    other("debugcon", "DEV", Action::Refuse("the debug console is not available; use -serial")),
     run("device", "DRIVER[,prop=value,...]", Builder::device),
     run("display", "none", Builder::display),
     run("drive", "file=FILE,if=virtio|none,format=raw,...", Builder::drive),
