@@ -17,15 +17,15 @@ pub(super) struct IrqchipState {
     /// `struct kvm_irqchip` of the master PIC.
     #[n(0)]
     #[cbor(with = "minicbor::bytes")]
-    pic_master: Vec<u8>,
+    pub(super) pic_master: Vec<u8>,
     /// `struct kvm_irqchip` of the slave PIC.
     #[n(1)]
     #[cbor(with = "minicbor::bytes")]
-    pic_slave: Vec<u8>,
+    pub(super) pic_slave: Vec<u8>,
     /// `struct kvm_irqchip` of the IOAPIC.
     #[n(2)]
     #[cbor(with = "minicbor::bytes")]
-    ioapic: Vec<u8>,
+    pub(super) ioapic: Vec<u8>,
     /// `struct kvm_pit_state2`.
     #[n(3)]
     #[cbor(with = "minicbor::bytes")]

@@ -20,6 +20,8 @@ mod kick;
 mod msrs;
 mod plain;
 mod state;
+#[cfg(test)]
+mod state_tests;
 mod sys;
 mod vcpu;
 mod vm;
