@@ -103,6 +103,12 @@ impl Core {
         }
     }
 
+    /// The guest's memory.
+    #[cfg(test)]
+    pub fn memory(&self) -> GuestMemory {
+        self.mem.clone()
+    }
+
     // ---- registers -------------------------------------------------------------------------
 
     fn selected(&self) -> Option<usize> {

@@ -133,6 +133,15 @@ fn restore(core: &mut Core, kind: &str, version: u16, st: PciState) -> Result<()
     check(core, &st)?;
     core.paused = true;
     core.reset_device();
+    let result = take_over(core, kind, version, st);
+    if result.is_err() {
+        // Nothing half restored may start.
+        core.reset_device();
+    }
+    result
+}
+
+fn take_over(core: &mut Core, kind: &str, version: u16, st: PciState) -> Result<()> {
     let s = Arc::clone(&core.shared);
     {
         let mut config = s.config.lock();
