@@ -1,8 +1,8 @@
 //! ACPI tables for direct kernel boot. Source: ACPI 6.4; PCI Firmware 3.3 for MCFG and _OSC.
 
-use acpi_tables::{Aml, aml};
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::{Aml, aml};
 use acpi_tables::{facs::FACS, mcfg::MCFG, rsdp::Rsdp, sdt::Sdt, xsdt::XSDT};
 
 use crate::layout;
@@ -181,20 +181,32 @@ fn dsdt(spec: &AcpiSpec<'_>) -> Sdt {
     isa(spec, &mut body);
     cpus(spec.apic_ids.len(), &mut body);
     // S5: SLP_TYP 0, as QEMU's.
-    aml::Name::new("_S5_".into(), &aml::Package::new(vec![&aml::ZERO, &aml::ZERO, &aml::ZERO, &aml::ZERO]))
-        .to_aml_bytes(&mut body);
+    aml::Name::new(
+        "_S5_".into(),
+        &aml::Package::new(vec![&aml::ZERO, &aml::ZERO, &aml::ZERO, &aml::ZERO]),
+    )
+    .to_aml_bytes(&mut body);
     t.append_slice(&body);
     t
 }
 
 fn pci_root(spec: &AcpiSpec<'_>, out: &mut Vec<u8>) {
-    let hid = aml::Name::new("_HID".into(), &aml::EISAName::new(if spec.pcie { "PNP0A08" } else { "PNP0A03" }));
+    let hid = aml::Name::new(
+        "_HID".into(),
+        &aml::EISAName::new(if spec.pcie { "PNP0A08" } else { "PNP0A03" }),
+    );
     let cid = aml::Name::new("_CID".into(), &aml::EISAName::new("PNP0A03"));
     let uid = aml::Name::new("_UID".into(), &aml::ZERO);
     let bbn = aml::Name::new("_BBN".into(), &aml::ZERO);
     let seg = aml::Name::new("_SEG".into(), &aml::ZERO);
     let mmio = |min: u32, max: u32| {
-        aml::AddressSpace::new_memory(aml::AddressSpaceCacheable::NotCacheable, true, min, max, None)
+        aml::AddressSpace::new_memory(
+            aml::AddressSpaceCacheable::NotCacheable,
+            true,
+            min,
+            max,
+            None,
+        )
     };
     let buses = aml::AddressSpace::new_bus_number(0u16, 255u16);
     let config_ports = aml::IO::new(0xcf8, 0xcf8, 1, 8);
@@ -211,7 +223,14 @@ fn pci_root(spec: &AcpiSpec<'_>, out: &mut Vec<u8>) {
     );
     let crs = aml::Name::new(
         "_CRS".into(),
-        &aml::ResourceTemplate::new(vec![&buses, &config_ports, &io_low, &io_high, &mmio32, &mmio64]),
+        &aml::ResourceTemplate::new(vec![
+            &buses,
+            &config_ports,
+            &io_low,
+            &io_high,
+            &mmio32,
+            &mmio64,
+        ]),
     );
     let prt = aml::Name::new("_PRT".into(), &Prt(spec.intx_gsi));
     let osc = Osc;

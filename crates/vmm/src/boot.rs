@@ -8,10 +8,10 @@ use std::path::Path;
 use hv::BootEntry;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::elf::PvhBootCapability;
-use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use linux_loader::loader::elf::start_info::{
     hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
+use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use mem::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -31,9 +31,13 @@ const XLF_KERNEL_64: u16 = 1;
 pub enum Error {
     #[error("cannot open {what} {path}: {source}")]
     Open { what: &'static str, path: String, source: std::io::Error },
-    #[error("{path}: not a Linux kernel that Tern can start ({reason}); a bzImage or an ELF vmlinux with a PVH entry is needed")]
+    #[error(
+        "{path}: not a Linux kernel that Tern can start ({reason}); a bzImage or an ELF vmlinux with a PVH entry is needed"
+    )]
     NoKernel { path: String, reason: String },
-    #[error("{what} {path} ({size} bytes) does not fit into the guest's memory; give it more with -m")]
+    #[error(
+        "{what} {path} ({size} bytes) does not fit into the guest's memory; give it more with -m"
+    )]
     TooLarge { what: &'static str, path: String, size: u64 },
     #[error("the kernel command line has {len} bytes, at most {max} fit")]
     CommandLine { len: usize, max: usize },
@@ -43,7 +47,12 @@ pub enum Error {
 
 /// Loads kernel, initrd and command line into `mem` and says where vCPU 0 starts. `rsdp` is the
 /// guest address of the ACPI root pointer.
-pub fn load(mem: &GuestMemory, boot: &spec::Boot, kernel: &Path, rsdp: u64) -> Result<BootEntry, Error> {
+pub fn load(
+    mem: &GuestMemory,
+    boot: &spec::Boot,
+    kernel: &Path,
+    rsdp: u64,
+) -> Result<BootEntry, Error> {
     let mut file = open("kernel", kernel)?;
     let cmdline = command_line(mem, &boot.append)?;
     gdt(mem)?;
@@ -122,7 +131,12 @@ fn memory_map(mem: &GuestMemory) -> Vec<(u64, u64, u32)> {
 }
 
 /// Puts the initrd as high as it may lie below `limit`; returns (address, bytes).
-fn initrd(mem: &GuestMemory, boot: &spec::Boot, floor: u64, limit: u64) -> Result<(u64, u64), Error> {
+fn initrd(
+    mem: &GuestMemory,
+    boot: &spec::Boot,
+    floor: u64,
+    limit: u64,
+) -> Result<(u64, u64), Error> {
     let Some(path) = &boot.initrd else { return Ok((0, 0)) };
     let mut file = open("initrd", path)?;
     let named = |source| Error::Open { what: "initrd", path: path.display().to_string(), source };

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
+use devices::pci::PciDevice;
 use mem::{DirtySource, GuestMemory};
 use migrate::Endpoint;
 use migrate::endpoint::{DeviceSpec, Preamble};
@@ -25,11 +26,8 @@ impl Endpoint for MachineEndpoint {
             spec::MachineType::Pc => "pc",
             spec::MachineType::None => "none",
         };
-        let cpuid = parts
-            .cpuid
-            .iter()
-            .map(|e| (e.function, e.index, e.eax, e.ebx, e.ecx, e.edx))
-            .collect();
+        let cpuid =
+            parts.cpuid.iter().map(|e| (e.function, e.index, e.eax, e.ebx, e.ecx, e.edx)).collect();
         let devices = self.0.manifest().into_iter().map(|(name, kind, version)| {
             let properties = self.properties(&name);
             DeviceSpec { name, kind: kind.into(), version, reads: vec![version], properties }
@@ -124,10 +122,20 @@ impl Endpoint for MachineEndpoint {
 }
 
 impl MachineEndpoint {
+    /// What must be equal at both ends, of the device whose section is called `unit`.
     fn properties(&self, unit: &str) -> Vec<(String, String)> {
         let parts = &self.0.parts;
-        let virtio = parts.virtio.iter().find(|v| v.unit_name() == unit);
-        virtio.map_or_else(Vec::new, |v| v.migration_properties())
+        let mut all = Vec::new();
+        if let Some(place) = parts.pci.place(unit) {
+            all.push(("address".into(), place));
+        }
+        if let Some(v) = parts.virtio.iter().find(|v| v.name() == unit) {
+            let info = v.describe();
+            let sizes: Vec<_> = info.queues.iter().map(|q| q.size.to_string()).collect();
+            all.push(("features".into(), format!("{:#x}", info.offered)));
+            all.push(("queues".into(), sizes.len().to_string()));
+        }
+        all
     }
 }
 

@@ -30,6 +30,7 @@ use crate::disks::Disk;
 use crate::interrupts::Interrupts;
 use crate::io::IoSpace;
 use crate::nics::Nic;
+use crate::power_on::PowerOn;
 use crate::runstate::RunState;
 use crate::vcpus::{Request, Vcpus};
 
@@ -84,19 +85,14 @@ pub struct Parts {
     pub vcpus: Vcpus,
     /// vCPU 0's CPUID, for the preamble.
     pub cpuid: Vec<CpuidEntry>,
-    pub units: UnitSet<Quiesced>,
     pub virtio: Vec<Arc<VirtioPci>>,
     pub disks: Vec<Disk>,
     pub nics: Vec<Nic>,
     pub events: EventBus,
     pub requests: Sender<Request>,
     pub incoming: bool,
-    /// Writes kernel, tables and boot data into memory, assigns PCI resources, sets vCPU 0 up.
     pub power_on: PowerOn,
 }
-
-/// Brings memory, PCI and vCPUs to the state of power-on.
-pub type PowerOn = Box<dyn Fn(&Vcpus) -> Result<(), String> + Send + Sync>;
 
 /// A machine. All methods may be called from any thread but a vCPU's.
 pub struct Machine {
@@ -106,10 +102,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Takes the parts over; the machine is in [`RunState::Prelaunch`] or `Inmigrate`.
-    pub fn new(mut parts: Parts) -> Arc<Self> {
-        let empty = UnitSet::new(Vec::new());
-        let units = std::mem::replace(&mut parts.units, empty);
+    /// Takes the parts and devices over; the machine is in [`RunState::Prelaunch`] or `Inmigrate`.
+    pub fn new(parts: Parts, units: UnitSet<Quiesced>) -> Arc<Self> {
         let state = if parts.incoming { RunState::Inmigrate } else { RunState::Prelaunch };
         let life = Life {
             state,
@@ -247,7 +241,7 @@ impl Machine {
         if let Some(Units::Quiesced(units)) = &mut life.units {
             units.reset();
         }
-        (self.parts.power_on)(&self.parts.vcpus)?;
+        self.parts.power_on.run(&self.parts.vcpus)?;
         self.emit("RESET", Some(json!({"guest": guest, "reason": reason})));
         match life.state {
             _ if ran => self.start(&mut life),
@@ -334,6 +328,8 @@ impl Machine {
             Some(Units::Quiesced(units)) => units.restore(sections).map_err(text)?,
             _ => return Err("devices already run".into()),
         }
+        // vCPUs run before the devices do: their BARs and doorbells must be in place by then.
+        self.parts.pci.relayout();
         life.ran = machine.running;
         life.pending = match machine.pending {
             0 => None,

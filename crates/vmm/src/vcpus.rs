@@ -146,7 +146,8 @@ impl Vcpus {
         for (shared, _) in &self.each {
             let mut control = shared.control.lock();
             while control.running {
-                if shared.changed.wait_until(&mut control, deadline).timed_out() && control.running {
+                if shared.changed.wait_until(&mut control, deadline).timed_out() && control.running
+                {
                     return Err(format!("vCPU {} did not stop in time", shared.id));
                 }
             }
@@ -290,9 +291,29 @@ impl Runner {
                 control.want = Want::Pause;
             }
         }
-        // Completes the exit that made the request, so that the state can be saved.
-        let _ = self.vcpu.run(Entry::CompleteExit);
+        self.complete_exit();
         let _ = self.requests.send(request);
+    }
+
+    /// Completes the exit that made a request, so that the state can be saved. One instruction can
+    /// need several exits (an access over a page's end), but not many.
+    fn complete_exit(&mut self) {
+        const MOST: usize = 16;
+        let mut buffer = [0u8; MAX_INPUT];
+        let mut answer = 0;
+        for _ in 0..MOST {
+            let entry = match answer {
+                0 => Entry::CompleteExit,
+                len => Entry::Data(&buffer[..len]),
+            };
+            answer = match self.vcpu.run(entry) {
+                Ok(Exit::Interrupted) | Err(_) => return,
+                Ok(exit) => match self.handle(exit, &mut buffer) {
+                    Handled::Answer(len) => len,
+                    Handled::Go | Handled::Ask(_) => 0,
+                },
+            };
+        }
     }
 
     fn handle(&mut self, exit: Exit, buffer: &mut [u8; MAX_INPUT]) -> Handled {

@@ -1,0 +1,133 @@
+//! From a description to a VM process: log, pid file, daemon, and the VMM itself.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+
+use crate::runtime_dir;
+
+/// Runs `machine` until it ends; returns the exit status. With `-daemonize` the process that
+/// called returns once the VM's monitors listen, and the VM lives on in another.
+pub fn launch(machine: spec::Machine) -> i32 {
+    match try_launch(machine) {
+        Ok(status) => status,
+        Err(e) => {
+            eprintln!("tern: {e}");
+            1
+        }
+    }
+}
+
+fn try_launch(mut machine: spec::Machine) -> Result<i32, String> {
+    let process = machine.process.clone();
+    let mut parent = None;
+    if process.daemonize {
+        match daemonize()? {
+            Daemon::Parent(status) => return Ok(status),
+            Daemon::Child(pipe) => parent = Some(pipe),
+        }
+    }
+    start_log(&process)?;
+    let _pidfile = process.pidfile.as_deref().map(PidFile::write).transpose()?;
+    // Without its directory the VM runs all the same; only the friendly commands do not find it.
+    let _directory = runtime_dir::publish(&mut machine)
+        .inspect_err(|e| tracing::warn!("the tern commands will not find this VM: {e}"))
+        .ok();
+    vmm::prepare_process();
+    let ready = move || {
+        if let Some(pipe) = parent {
+            detach(pipe);
+        }
+    };
+    Ok(vmm::run(machine, ready))
+}
+
+/// `-D FILE`, `-d ITEMS`: where the log goes and what is in it; TERN_LOG overrides what.
+fn start_log(process: &spec::Process) -> Result<(), String> {
+    let default = if process.log_items.is_empty() { "warn" } else { "debug" };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("TERN_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
+    let result = match &process.logfile {
+        Some(path) => {
+            let file = File::options().create(true).append(true).open(path);
+            let file = file.map_err(|e| format!("-D {}: {e}", path.display()))?;
+            builder.with_writer(std::sync::Mutex::new(file)).try_init()
+        }
+        None => builder.with_writer(std::io::stderr).try_init(),
+    };
+    result.map_err(|e| format!("log: {e}"))
+}
+
+/// A pid file that goes away with the process.
+struct PidFile(std::path::PathBuf);
+
+impl PidFile {
+    fn write(path: &Path) -> Result<Self, String> {
+        let text = format!("{}\n", std::process::id());
+        std::fs::write(path, text).map_err(|e| format!("-pidfile {}: {e}", path.display()))?;
+        Ok(Self(path.to_owned()))
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+enum Daemon {
+    /// The calling process, with its exit status.
+    Parent(i32),
+    /// The VM's process; a byte through the pipe lets the parent go.
+    Child(OwnedFd),
+}
+
+/// Forks. The parent waits until the child is ready (status 0) or has ended (its status).
+#[allow(unsafe_code)]
+fn daemonize() -> Result<Daemon, String> {
+    let failed = |what: &str| format!("-daemonize: {what}: {}", std::io::Error::last_os_error());
+    let mut ends = [0; 2];
+    // SAFETY: `ends` has room for two fds.
+    if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) } < 0 {
+        return Err(failed("pipe"));
+    }
+    // SAFETY: both fds are new and ours alone.
+    let (read, write) = unsafe { (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) };
+    // SAFETY: no thread has been started yet, so the child is a whole copy.
+    match unsafe { libc::fork() } {
+        -1 => Err(failed("fork")),
+        0 => {
+            drop(read);
+            // SAFETY: setsid has no memory effects; a fresh child is no group leader.
+            unsafe { libc::setsid() };
+            Ok(Daemon::Child(write))
+        }
+        child => {
+            drop(write);
+            let mut byte = [0];
+            if matches!(File::from(read).read(&mut byte), Ok(1)) {
+                return Ok(Daemon::Parent(0));
+            }
+            let mut status = 0;
+            // SAFETY: waits for our own child; status is valid.
+            unsafe { libc::waitpid(child, &mut status, 0) };
+            let exited = libc::WIFEXITED(status);
+            Ok(Daemon::Parent(if exited { libc::WEXITSTATUS(status).max(1) } else { 1 }))
+        }
+    }
+}
+
+/// The child is ready: nothing of the caller's terminal is kept, and the parent may go.
+#[allow(unsafe_code)]
+fn detach(pipe: OwnedFd) {
+    if let Ok(null) = File::options().read(true).write(true).open("/dev/null") {
+        for fd in 0..3 {
+            // SAFETY: replaces our own standard fds by one that is open.
+            unsafe { libc::dup2(null.as_raw_fd(), fd) };
+        }
+    }
+    let _ = std::env::set_current_dir("/");
+    let _ = File::from(pipe).write_all(b"r");
+}

@@ -1,0 +1,256 @@
+//! Puts a machine together from its description. The order in which devices are made, and so their
+//! slots and their section names, is part of the machine version: it may not change.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use chardev::Chardev;
+use crossbeam_channel::Sender;
+use devices::acpi_pm::{self, AcpiPm};
+use devices::bus::BusDevice;
+use devices::chipset::ChipsetFunction;
+use devices::pci::assign::Windows;
+use devices::pci::root::{self, PciRoot};
+use devices::pci::root_port::RootPort;
+use devices::pci::{PciDevice, intx_gsi};
+use devices::shared::{Shared, SharedUnit};
+use devices::virtio_pci::{VirtioPci, VirtioPciConfig, VirtioPciUnit};
+use hv::Vm;
+use hv::kvm::KvmVm;
+use mem::GuestMemory;
+use qapi::EventBus;
+use spec::{DeviceKind, MachineType};
+use state::{Unit, UnitSet};
+
+use crate::disks::Disk;
+use crate::interrupts::Interrupts;
+use crate::io::IoSpace;
+use crate::legacy;
+use crate::machine::{Machine, Parts};
+use crate::nics::Nic;
+use crate::power_on::PowerOn;
+use crate::vcpus::{Request, Vcpus};
+use crate::{layout, memory};
+
+/// Builds the machine; nothing runs yet.
+///
+/// # Errors
+/// Sentences that name the option, the device or the file.
+pub fn build(
+    spec: &spec::Machine,
+    chardevs: &[Arc<dyn Chardev>],
+    events: &EventBus,
+    requests: &Sender<Request>,
+) -> Result<Arc<Machine>, String> {
+    let incoming = spec.process.incoming.is_some();
+    let vm: Arc<dyn Vm> = KvmVm::new(Path::new(hv::kvm::DEFAULT_PATH)).map_err(text)?;
+    let mem = memory::build(spec)?;
+    vm.map_memory(&mem).map_err(text)?;
+    let interrupts = Interrupts::new(vm.clone()).map_err(text)?;
+    let pcie = spec.machine_type == MachineType::Q35;
+    let mut builder = Builder {
+        spec,
+        incoming,
+        pcie,
+        mem: mem.clone(),
+        io: Arc::new(IoSpace::default()),
+        interrupts: interrupts.clone(),
+        pci: PciRoot::new(if pcie { "pcie.0" } else { "pci.0" }),
+        units: Vec::new(),
+        virtio: Vec::new(),
+        disks: Vec::new(),
+        nics: Vec::new(),
+    };
+    builder.pci_access()?;
+    let pm = builder.chipset()?;
+    let serials = legacy::add(&mut builder, chardevs)?;
+    builder.devices()?;
+    builder.assign()?;
+    let Builder { io, pci, units, virtio, disks, nics, .. } = builder;
+
+    let (vcpus, cpuid, apic_ids) = crate::cpus::create(spec, vm.as_ref())?;
+    let vcpus = Vcpus::start(vcpus, &io, requests).map_err(|e| format!("vCPU threads: {e}"))?;
+    let power_on = PowerOn::new(spec, vm.clone(), mem.clone(), &vcpus, apic_ids, serials, pcie)?;
+    if !incoming {
+        power_on.run(&vcpus)?;
+    }
+    let parts = Parts {
+        spec: spec.clone(),
+        vm,
+        mem,
+        io,
+        interrupts,
+        pci,
+        pm,
+        vcpus,
+        cpuid,
+        virtio,
+        disks,
+        nics,
+        events: events.clone(),
+        requests: requests.clone(),
+        incoming,
+        power_on,
+    };
+    Ok(Machine::new(parts, UnitSet::new(units)))
+}
+
+/// A machine in the making.
+pub(crate) struct Builder<'a> {
+    pub spec: &'a spec::Machine,
+    pub incoming: bool,
+    pcie: bool,
+    mem: GuestMemory,
+    pub io: Arc<IoSpace>,
+    pub interrupts: Arc<Interrupts>,
+    pci: Arc<PciRoot>,
+    units: Vec<Box<dyn Unit>>,
+    virtio: Vec<Arc<VirtioPci>>,
+    disks: Vec<Disk>,
+    nics: Vec<Nic>,
+}
+
+impl Builder<'_> {
+    /// Adds a device's saved state.
+    pub fn unit<D: Shared + 'static>(&mut self, device: Arc<D>) {
+        self.units.push(Box::new(SharedUnit::new(device)));
+    }
+
+    /// Puts a device on the port bus.
+    pub fn ports(&self, first: u64, count: u64, device: Arc<dyn BusDevice>) -> Result<(), String> {
+        self.io.ports.insert(first, count, device).map_err(text)
+    }
+
+    fn pci_access(&mut self) -> Result<(), String> {
+        self.ports(root::CONFIG_PORTS, root::CONFIG_PORTS_COUNT, self.pci.config_ports())?;
+        if self.pcie {
+            let ecam = self.pci.ecam();
+            self.io.mmio.insert(layout::ECAM, layout::ECAM_SIZE, ecam).map_err(text)?;
+        }
+        self.io.mmio.set_fallback(self.pci.mmio());
+        self.io.ports.set_fallback(self.pci.pio());
+        self.unit(self.pci.clone());
+        Ok(())
+    }
+
+    fn chipset(&mut self) -> Result<Arc<AcpiPm>, String> {
+        let functions: Vec<((u8, u8), bool, Arc<ChipsetFunction>)> = if self.pcie {
+            vec![
+                ((0, 0), false, ChipsetFunction::q35_host()),
+                ((0x1f, 0), true, ChipsetFunction::ich9_lpc()),
+            ]
+        } else {
+            vec![
+                ((0, 0), false, ChipsetFunction::i440fx()),
+                ((1, 0), true, ChipsetFunction::piix3()),
+                ((1, 3), false, ChipsetFunction::piix4_pm()),
+            ]
+        };
+        for (place, multifunction, function) in functions {
+            self.pci
+                .add(self.root_bus(), Some(place), multifunction, function.clone())
+                .map_err(text)?;
+            self.unit(function);
+        }
+        let pm = AcpiPm::new(self.interrupts.line(acpi_pm::SCI_GSI));
+        self.ports(acpi_pm::PM_BASE.into(), acpi_pm::PM_BYTES.into(), pm.clone())?;
+        self.ports(acpi_pm::SMI_PORT.into(), 2, pm.smi_ports())?;
+        self.unit(pm.clone());
+        Ok(pm)
+    }
+
+    fn root_bus(&self) -> &'static str {
+        if self.pcie { "pcie.0" } else { "pci.0" }
+    }
+
+    fn devices(&mut self) -> Result<(), String> {
+        for (index, device) in self.spec.devices.iter().enumerate() {
+            let name =
+                device.id.clone().unwrap_or_else(|| format!("{}.{index}", driver(&device.kind)));
+            self.device(device, &name)
+                .map_err(|e| format!("-device {},id={name}: {e}", driver(&device.kind)))?;
+        }
+        Ok(())
+    }
+
+    fn device(&mut self, device: &spec::Device, name: &str) -> Result<(), String> {
+        match &device.kind {
+            DeviceKind::IsaSerial { .. } => Ok(()), // made with the legacy devices
+            DeviceKind::PcieRootPort { port, chassis } => {
+                let slot = u16::from(*chassis);
+                let port = RootPort::new(name, *port, *chassis, slot, self.interrupts.as_ref())?;
+                self.unit(port.clone());
+                self.plug(device, port)
+            }
+            DeviceKind::VirtioBlk(blk) => {
+                let disk = Disk::open(self.spec, blk, name, self.incoming)?;
+                let function = disk.device(blk)?;
+                self.disks.push(disk);
+                self.virtio(device, name, function, None, blk.packed)
+            }
+            DeviceKind::VirtioNet(net) => {
+                let (nic, function) = Nic::open(self.spec, net, name)?;
+                self.nics.push(nic);
+                self.virtio(device, name, function, net.vectors, net.packed)
+            }
+            DeviceKind::VirtioRng { filename } => {
+                let function = crate::nics::rng(name, filename)?;
+                self.virtio(device, name, function, None, false)
+            }
+        }
+    }
+
+    fn virtio(
+        &mut self,
+        device: &spec::Device,
+        name: &str,
+        function: Box<dyn virtio::VirtioDevice>,
+        vectors: Option<u16>,
+        packed: bool,
+    ) -> Result<(), String> {
+        let bus = device.bus.as_deref().unwrap_or(self.root_bus());
+        let express = self.pcie && bus != self.root_bus();
+        // The pin's GSI depends on the slot, which is known once the function is plugged in; MSI-X
+        // is what guests use, and the line is wired for the slot that the user gave.
+        let slot = device.addr.map_or(0, |(slot, _)| slot);
+        let gsi = self.pci.intx_gsi(bus, slot, 1).unwrap_or_else(|_| intx_gsi(slot, 1));
+        let function = VirtioPci::new(
+            name,
+            function,
+            VirtioPciConfig { vectors, packed, express },
+            self.interrupts.clone(),
+            self.interrupts.clone(),
+            Some(self.interrupts.line(gsi)),
+            self.mem.clone(),
+        )
+        .map_err(text)?;
+        self.units.push(Box::new(VirtioPciUnit(function.clone())));
+        self.virtio.push(function.clone());
+        self.plug(device, function)
+    }
+
+    fn plug(&self, device: &spec::Device, function: Arc<dyn PciDevice>) -> Result<(), String> {
+        let bus = device.bus.as_deref().unwrap_or(self.root_bus());
+        self.pci.add(bus, device.addr, device.multifunction, function).map_err(text)?;
+        Ok(())
+    }
+
+    fn assign(&self) -> Result<(), String> {
+        let start = layout::mmio64(self.spec.memory);
+        self.pci.assign(Windows::standard(start, layout::PCI_MMIO64_SIZE)).map_err(text)
+    }
+}
+
+fn driver(kind: &DeviceKind) -> &'static str {
+    match kind {
+        DeviceKind::VirtioNet(_) => "virtio-net-pci",
+        DeviceKind::VirtioBlk(_) => "virtio-blk-pci",
+        DeviceKind::VirtioRng { .. } => "virtio-rng-pci",
+        DeviceKind::PcieRootPort { .. } => "pcie-root-port",
+        DeviceKind::IsaSerial { .. } => "isa-serial",
+    }
+}
+
+fn text(e: impl std::fmt::Display) -> String {
+    e.to_string()
+}

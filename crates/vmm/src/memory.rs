@@ -1,0 +1,77 @@
+//! Guest RAM from the description: size, backend object, NUMA.
+
+use mem::{Backing, BackingKind, GuestMemory};
+use spec::{MemoryBackend, MemoryKind};
+
+use crate::layout;
+
+/// Least RAM: what boot data and a kernel need.
+const MIN_RAM: u64 = 2 << 20;
+
+/// Makes the machine's RAM.
+///
+/// # Errors
+/// Sentences that name the option.
+pub fn build(spec: &spec::Machine) -> Result<GuestMemory, String> {
+    let size = spec.memory;
+    if !(MIN_RAM..=layout::MAX_RAM).contains(&size) || size % mem::PAGE_SIZE != 0 {
+        return Err(format!(
+            "-m: {size} bytes of RAM; expected {MIN_RAM} to {} bytes in whole 4 KiB pages",
+            layout::MAX_RAM
+        ));
+    }
+    let backing = match backend(spec)? {
+        Some(b) => backing(b),
+        None => Backing::default(),
+    };
+    GuestMemory::new(&layout::ram(size), &backing).map_err(|e| e.to_string())
+}
+
+fn find<'a>(spec: &'a spec::Machine, id: &str) -> Result<&'a MemoryBackend, String> {
+    let found = spec.memory_backends.iter().find(|b| b.id == id);
+    found.ok_or_else(|| {
+        format!("memory backend '{id}' not found; add -object memory-backend-...,id={id}")
+    })
+}
+
+/// The backend of all RAM: the machine's, or the NUMA nodes' (which must be of one kind).
+fn backend(spec: &spec::Machine) -> Result<Option<&MemoryBackend>, String> {
+    if let Some(id) = &spec.memory_backend {
+        let b = find(spec, id)?;
+        if b.size != spec.memory {
+            return Err(format!(
+                "-machine memory-backend={id}: it has {} bytes, -m says {}",
+                b.size, spec.memory
+            ));
+        }
+        return Ok(Some(b));
+    }
+    let nodes: Vec<_> = spec.numa.iter().filter_map(|n| n.memdev.as_deref()).collect();
+    let backends = nodes.iter().map(|id| find(spec, id)).collect::<Result<Vec<_>, _>>()?;
+    let Some(first) = backends.first() else { return Ok(None) };
+    let alike = |b: &&MemoryBackend| {
+        b.share == first.share && b.prealloc == first.prealloc && same_kind(&b.kind, &first.kind)
+    };
+    if !backends.iter().all(alike) {
+        return Err("-numa: the nodes' memory backends must be of one kind and page size".into());
+    }
+    Ok(Some(first))
+}
+
+fn same_kind(a: &MemoryKind, b: &MemoryKind) -> bool {
+    match (a, b) {
+        (MemoryKind::File { path: a }, MemoryKind::File { path: b }) => a == b && a.is_dir(),
+        _ => a == b,
+    }
+}
+
+fn backing(b: &MemoryBackend) -> Backing {
+    // A memfd that is passed to nobody is as private as anonymous memory, so all but files are
+    // mapped shared: hand-over and the search for untouched pages need the memfd.
+    let (kind, share) = match &b.kind {
+        MemoryKind::Ram => (BackingKind::Memfd { hugetlb: None }, true),
+        MemoryKind::Memfd { hugetlb } => (BackingKind::Memfd { hugetlb: *hugetlb }, true),
+        MemoryKind::File { path } => (BackingKind::File { path: path.clone() }, b.share),
+    };
+    Backing { kind, share, prealloc: b.prealloc }
+}

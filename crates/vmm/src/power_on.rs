@@ -1,0 +1,115 @@
+//! The state of power-on, without firmware: what is in memory and registers when vCPU 0 starts.
+//! The same is done again at every reset.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use hv::Vm;
+use mem::GuestMemory;
+use state::Section;
+
+use crate::acpi::{self, AcpiSpec};
+use crate::vcpus::Vcpus;
+use crate::{boot, layout};
+
+/// Brings memory, irqchip and vCPUs to power-on.
+pub struct PowerOn {
+    spec: spec::Machine,
+    kernel: PathBuf,
+    vm: Arc<dyn Vm>,
+    mem: GuestMemory,
+    tables: Vec<u8>,
+    /// State of the irqchip and of each vCPU before anything ran.
+    irqchip: Section,
+    vcpus: Vec<Section>,
+}
+
+impl PowerOn {
+    /// Remembers the state before anything ran, and checks that there is something to boot.
+    pub fn new(
+        spec: &spec::Machine,
+        vm: Arc<dyn Vm>,
+        mem: GuestMemory,
+        vcpus: &Vcpus,
+        apic_ids: Vec<u32>,
+        serials: Vec<u8>,
+        pcie: bool,
+    ) -> Result<Self, String> {
+        let kernel =
+            spec.boot.kernel.clone().ok_or(
+                "there is nothing to boot: give -kernel FILE (firmware is not built in yet)",
+            )?;
+        let numa_ram = numa_ram(spec);
+        let numa_cpus = numa_cpus(spec);
+        let tables = acpi::build(&AcpiSpec {
+            apic_ids: &apic_ids,
+            pcie,
+            mmio64: (layout::mmio64(spec.memory), layout::PCI_MMIO64_SIZE),
+            serials: &serials,
+            intx_gsi: |slot, pin| devices::pci::intx_gsi(slot, pin + 1),
+            numa_ram: &numa_ram,
+            numa_cpus: &numa_cpus,
+        })?;
+        let sections = vcpus.with_all(|i, vcpu| vcpu.save(&format!("vcpu.{i}")));
+        let sections = sections.into_iter().collect::<state::Result<_>>().map_err(text)?;
+        let irqchip = vm.save_irqchip("irqchip").map_err(text)?;
+        Ok(Self { spec: spec.clone(), kernel, vm, mem, tables, irqchip, vcpus: sections })
+    }
+
+    /// Does it. vCPUs stand still.
+    ///
+    /// # Errors
+    /// Sentences, most often on the kernel or initrd file.
+    pub fn run(&self, vcpus: &Vcpus) -> Result<(), String> {
+        self.mem.write(layout::ACPI_TABLES, &self.tables).map_err(text)?;
+        let rsdp = layout::ACPI_TABLES;
+        let entry = boot::load(&self.mem, &self.spec.boot, &self.kernel, rsdp).map_err(text)?;
+        // What the loader wrote past our own accessors is dirty too.
+        self.mem.mark_dirty(0, self.mem.regions().first().map_or(0, |r| r.size));
+        self.vm.restore_irqchip(&self.irqchip).map_err(text)?;
+        let sections = self.vcpus.clone();
+        let results = vcpus.with_all(move |i, vcpu| -> Result<(), String> {
+            vcpu.restore(&sections[i]).map_err(text)?;
+            vcpu.set_boot((i == 0).then_some(entry)).map_err(text)
+        });
+        results.into_iter().collect()
+    }
+}
+
+/// RAM by node: (first address, bytes, node). Nodes take RAM in ascending order.
+fn numa_ram(spec: &spec::Machine) -> Vec<(u64, u64, u32)> {
+    let mut all = Vec::new();
+    let mut regions = layout::ram(spec.memory).into_iter();
+    let Some(mut region) = regions.next() else { return all };
+    for node in &spec.numa {
+        let backend = node.memdev.as_ref();
+        let backend = backend.and_then(|id| spec.memory_backends.iter().find(|b| b.id == *id));
+        let mut left = backend.map_or(node.size, |b| b.size);
+        while left > 0 {
+            let take = left.min(region.size);
+            if take > 0 {
+                all.push((region.gpa, take, node.id));
+            }
+            region.gpa += take;
+            region.size -= take;
+            left -= take;
+            if region.size == 0 {
+                match regions.next() {
+                    Some(next) => region = next,
+                    None => return all,
+                }
+            }
+        }
+    }
+    all
+}
+
+/// Node of each vCPU; vCPUs that no node names are on the first.
+fn numa_cpus(spec: &spec::Machine) -> Vec<u32> {
+    let node_of = |cpu: u32| spec.numa.iter().find(|n| n.cpus.contains(&cpu)).map_or(0, |n| n.id);
+    (0..spec.smp.cpus).map(node_of).collect()
+}
+
+fn text(e: impl std::fmt::Display) -> String {
+    e.to_string()
+}
