@@ -44,12 +44,26 @@ impl Context<'_> {
         self.commands.execute(name, arguments, self.fds)
     }
 
-    fn done(&self, name: &str, arguments: Value) -> Result<Outcome, Error> {
-        self.qmp(name, arguments).map(|_| Outcome::Text(String::new()))
+    fn done(&self, name: &str, arguments: Value) -> Result<Outcome, Failure> {
+        self.qmp(name, arguments)?;
+        Ok(Outcome::Text(String::new()))
     }
 }
 
-type Run = fn(&Context, &[String]) -> Result<Outcome, Error>;
+/// Why a command did nothing.
+enum Failure {
+    Qmp(Error),
+    /// The line is wrong: told as it is, with a pointer to `help`.
+    Usage(String),
+}
+
+impl From<Error> for Failure {
+    fn from(e: Error) -> Self {
+        Self::Qmp(e)
+    }
+}
+
+type Run = fn(&Context, &[String]) -> Result<Outcome, Failure>;
 
 /// One HMP command.
 pub struct HmpCommand {
@@ -88,7 +102,7 @@ pub const HMP_COMMANDS: &[HmpCommand] = &[
         "[subcommand]",
         (0, 2),
         "show various information about the system state",
-        |c, w| info::run(c, w).map(Outcome::Text),
+        |c, w| Ok(Outcome::Text(info::run(c, w)?)),
     ),
     cmd(
         "migrate",
@@ -126,7 +140,7 @@ pub const HMP_COMMANDS: &[HmpCommand] = &[
         |c, w| {
             let seconds: f64 = w[0].parse().unwrap_or(f64::NAN);
             if !(0.0..=2000.0).contains(&seconds) {
-                return Err(Error::generic("Parameter 'value' expects a number of seconds"));
+                return Err(Failure::Usage("Parameter 'value' expects a number of seconds".into()));
             }
             let ms = (seconds * 1000.0) as u64;
             c.done("migrate-set-parameters", json!({ "downtime-limit": ms }))
@@ -186,16 +200,28 @@ pub(super) fn run(
     };
     let again = format!("Try \"help {}\" for more information\n", command.name);
     if rest.len() < command.words.0 {
-        return Outcome::Text(format!("{}: an argument is missing\n{again}", command.name));
+        return Outcome::Text(format!("{}: string expected\n{again}", command.names()));
     }
     if rest.len() > command.words.1 {
         return Outcome::Text(format!(
             "{}: extraneous characters at the end of line\n{again}",
-            command.name
+            command.names()
         ));
     }
     let context = Context { commands, fds, interactive };
-    (command.run)(&context, rest).unwrap_or_else(|e| Outcome::Text(format!("Error: {}\n", e.desc)))
+    (command.run)(&context, rest).unwrap_or_else(|failure| {
+        Outcome::Text(match failure {
+            Failure::Qmp(e) => format!("Error: {}\n", e.desc),
+            Failure::Usage(text) => format!("{text}\n{again}"),
+        })
+    })
+}
+
+impl HmpCommand {
+    /// "stop|s".
+    fn names(&self) -> String {
+        self.alias.map_or(self.name.to_string(), |a| format!("{}|{a}", self.name))
+    }
 }
 
 fn find(name: &str) -> Option<&'static HmpCommand> {
@@ -241,10 +267,9 @@ fn split(line: &str) -> Result<Vec<String>, String> {
     Ok(words)
 }
 
-fn help(_: &Context, words: &[String]) -> Result<Outcome, Error> {
+fn help(_: &Context, words: &[String]) -> Result<Outcome, Failure> {
     let line = |c: &HmpCommand| {
-        let names = c.alias.map_or(c.name.to_string(), |a| format!("{}|{a}", c.name));
-        format!("{} -- {}\n", [&names[..], c.args].join(" ").trim_end(), c.help)
+        format!("{} -- {}\n", [&c.names()[..], c.args].join(" ").trim_end(), c.help)
     };
     let text = match words.first() {
         None => HMP_COMMANDS.iter().map(line).collect(),
@@ -254,21 +279,25 @@ fn help(_: &Context, words: &[String]) -> Result<Outcome, Error> {
     Ok(Outcome::Text(text))
 }
 
-fn migrate(c: &Context, words: &[String]) -> Result<Outcome, Error> {
+fn migrate(c: &Context, words: &[String]) -> Result<Outcome, Failure> {
     let mut detach = false;
     let mut uri = None;
     for word in words {
         match word.as_str() {
             "-d" => detach = true,
             "-b" | "-i" => {
-                return Err(Error::generic("disks cannot be copied with -b and -i; share them"));
+                return Err(
+                    Error::generic("disks cannot be copied with -b and -i; share them").into()
+                );
             }
-            "-r" => return Err(Error::generic("a migration cannot be resumed")),
+            "-r" => return Err(Error::generic("a migration cannot be resumed").into()),
             _ if uri.is_none() && !word.starts_with('-') => uri = Some(word),
-            other => return Err(Error::generic(format!("migrate: unsupported option {other}"))),
+            other => {
+                return Err(Failure::Usage(format!("migrate: unsupported option {other}")));
+            }
         }
     }
-    let uri = uri.ok_or_else(|| Error::generic("Parameter 'uri' is missing"))?;
+    let uri = uri.ok_or_else(|| Failure::Usage("migrate: string expected".into()))?;
     c.qmp("migrate", json!({ "uri": uri }))?;
     if detach {
         return Ok(Outcome::Text(String::new()));
@@ -304,9 +333,9 @@ pub(super) fn migrate_progress(commands: &dyn Commands, fds: &ClientFds) -> (Str
     }
 }
 
-fn set_parameter(c: &Context, words: &[String]) -> Result<Outcome, Error> {
+fn set_parameter(c: &Context, words: &[String]) -> Result<Outcome, Failure> {
     let (name, text) = (&words[0], &words[1]);
-    let unknown = || Error::generic(format!("Invalid parameter '{name}'"));
+    let unknown = || Error::generic(format!("invalid parameter value: {name}"));
     let arg = params::ARGUMENTS.iter().find(|a| a.name == name).ok_or_else(unknown)?;
     let value = match arg.ty {
         schema::Type::Bool => json!(switch(text)?),
@@ -325,8 +354,8 @@ fn megabytes(text: &str) -> Result<u64, Error> {
     value::size(text, 1 << 20).map_err(|e| Error::generic(format!("Parameter 'value': {e}")))
 }
 
-fn switch(text: &str) -> Result<bool, Error> {
-    value::switch(text).map_err(|_| Error::generic("Parameter 'state' expects 'on' or 'off'"))
+fn switch(text: &str) -> Result<bool, Failure> {
+    value::switch(text).map_err(|_| Failure::Usage("Expected 'on' or 'off'".into()))
 }
 
 /// Completes the last word of `text`: the word so far, and what it can become.
@@ -349,4 +378,135 @@ pub(super) fn complete(text: &str) -> (String, Vec<String>) {
     };
     let fitting = known.into_iter().filter(|k| k.starts_with(last)).map(str::to_string).collect();
     (last.to_string(), fitting)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Answers with what QEMU 7.2 replied (shortened), and nothing else.
+    struct Recorded;
+    impl Commands for Recorded {
+        fn execute(&self, name: &str, _: Value, _: &ClientFds) -> Result<Value, Error> {
+            Ok(match name {
+                "query-migrate" => json!({
+                    "status": "completed", "setup-time": 4, "downtime": 46, "total-time": 435,
+                    "ram": {
+                        "total": 537927680, "postcopy-requests": 0, "dirty-sync-count": 3,
+                        "multifd-bytes": 0, "pages-per-second": 103801, "downtime-bytes": 7684070,
+                        "page-size": 4096, "remaining": 0, "postcopy-bytes": 0,
+                        "mbps": 1922.5161392111368, "transferred": 103234586,
+                        "precopy-bytes": 95550516, "duplicate": 106509, "dirty-pages-rate": 0,
+                        "skipped": 0, "normal-bytes": 102076416, "normal": 24921
+                    },
+                    "downtime-phases": {"quiesce": 1.5, "device": 2}
+                }),
+                "query-block" => json!([{
+                    "device": "virtio0", "qdev": "/machine/peripheral-anon/device[0]/virtio-backend",
+                    "inserted": {
+                        "node-name": "#block188", "file": "/o.img", "drv": "raw", "ro": false,
+                        "cache": {"writeback": true, "direct": false, "no-flush": false}
+                    }
+                }]),
+                "query-status" => json!({"running": false, "status": "prelaunch"}),
+                "query-name" => json!({}),
+                "x-query-network" => json!([{
+                    "name": "net0", "type": "nic", "info": "model=virtio-net-pci",
+                    "peer": {"name": "hostnet0", "type": "tap", "info": "ifname=t0"}
+                }]),
+                "query-pci" => json!([{"bus": 0, "devices": [{
+                    "bus": 0, "slot": 1, "function": 0, "class_info": {"class": 512,
+                        "desc": "Ethernet controller"},
+                    "id": {"vendor": 0x1af4, "device": 0x1000, "subsystem": 1,
+                        "subsystem-vendor": 0x1af4},
+                    "irq": 0, "irq_pin": 1, "qdev_id": "", "regions": [
+                        {"bar": 0, "type": "io", "address": 0xc000, "size": 32},
+                        {"bar": 4, "type": "memory", "address": 0xfe00_0000u64, "size": 16384,
+                            "prefetch": true, "mem_type_64": true}]
+                }]}]),
+                _ => json!({}),
+            })
+        }
+    }
+
+    fn hmp(line: &str) -> String {
+        execute(line, &Recorded, &ClientFds::default()).replace("\r\n", "\n")
+    }
+
+    #[test]
+    fn the_texts_are_qemus() {
+        let expected = "Migration status: completed\ntotal time: 435 ms\ndowntime: 46 ms\n\
+            setup: 4 ms\ntransferred ram: 100815 kbytes\nthroughput: 1922.52 mbps\n\
+            remaining ram: 0 kbytes\ntotal ram: 525320 kbytes\nduplicate: 106509 pages\n\
+            skipped: 0 pages\nnormal: 24921 pages\nnormal bytes: 99684 kbytes\n\
+            dirty sync count: 3\npage size: 4 kbytes\nmultifd bytes: 0 kbytes\n\
+            pages-per-second: 103801\nprecopy ram: 93311 kbytes\ndowntime ram: 7503 kbytes\n\
+            downtime phases:\n  quiesce: 1.5\n  device: 2\n";
+        assert_eq!(hmp("info migrate"), expected);
+        assert_eq!(
+            hmp("info block"),
+            "virtio0 (#block188): /o.img (raw)\n    \
+             Attached to:      /machine/peripheral-anon/device[0]/virtio-backend\n    \
+             Cache mode:       writeback\n"
+        );
+        assert_eq!(hmp("info status"), "VM status: paused (prelaunch)\n");
+        assert_eq!(hmp("info name"), "");
+        assert_eq!(
+            hmp("info network"),
+            "net0: index=0,type=nic,model=virtio-net-pci\n \\ hostnet0: index=0,type=tap,ifname=t0\n"
+        );
+        assert_eq!(
+            hmp("info pci"),
+            "  Bus  0, device   1, function 0:\n    Ethernet controller: PCI device 1af4:1000\n      \
+             PCI subsystem 1af4:0001\n      IRQ 0, pin A\n      BAR0: I/O at 0xc000 [0xc01f].\n      \
+             BAR4: 64 bit prefetchable memory at 0xfe000000 [0xfe003fff].\n      id \"\"\n"
+        );
+    }
+
+    #[test]
+    fn wrong_lines_are_told_in_qemus_words() {
+        for (line, expected) in [
+            ("nope", "unknown command: 'nope'\n"),
+            ("info nope", "unknown command: 'info nope'\n"),
+            ("migrate", "migrate: string expected\nTry \"help migrate\" for more information\n"),
+            (
+                "stop now",
+                "stop|s: extraneous characters at the end of line\n\
+                 Try \"help stop\" for more information\n",
+            ),
+            (
+                "set_link a b",
+                "Expected 'on' or 'off'\nTry \"help set_link\" for more information\n",
+            ),
+            ("migrate_set_parameter foo 1", "Error: invalid parameter value: foo\n"),
+            ("migrate \"x", "unterminated string\n"),
+            (
+                "migrate -q x",
+                "migrate: unsupported option -q\nTry \"help migrate\" for more information\n",
+            ),
+            ("", ""),
+            ("s", ""),
+        ] {
+            assert_eq!(hmp(line), expected, "{line}");
+        }
+        assert!(hmp("help").contains("quit|q -- quit the emulator"));
+    }
+
+    #[test]
+    fn the_table_is_in_order_and_words_are_completed() {
+        assert!(HMP_COMMANDS.windows(2).all(|w| w[0].name < w[1].name));
+        assert_eq!(complete("info migrate_p").1, ["migrate_parameters"]);
+        assert_eq!(complete("migrate_set_parameter down").1, ["downtime-limit"]);
+        assert_eq!(complete("sys").1, ["system_powerdown", "system_reset"]);
+    }
+
+    proptest! {
+        #[test]
+        fn no_line_panics(line in "\\PC{0,60}") {
+            hmp(&line);
+            complete(&line);
+        }
+    }
 }

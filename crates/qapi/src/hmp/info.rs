@@ -43,7 +43,9 @@ pub const INFOS: &[Info] = &[
         "show current migration parameters",
         parameters,
     ),
-    info("name", "query-name", "show the current VM name", |v| format!("{}\n", text(&v["name"]))),
+    info("name", "query-name", "show the current VM name", |v| {
+        v["name"].as_str().map(|name| format!("{name}\n")).unwrap_or_default()
+    }),
     info("network", "x-query-network", "show the network state", network),
     info("pci", "query-pci", "show PCI info", pci),
     info("status", "query-status", "show the current VM status (running|paused)", status),
