@@ -17,6 +17,9 @@ pub(super) const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// Most MSRs in a saved state.
 pub(super) const MAX_MSRS: usize = 4096;
 
+/// Hyper-V's synthetic MSRs: guests are never told of them, and some tick.
+const HYPER_V: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
+
 /// One MSR's value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub(super) struct Msr {
@@ -72,7 +75,8 @@ pub(super) fn list(vm: &Shared, fd: &VcpuFd) -> Result<Arc<[u32]>> {
     }
     let all = vm.kvm.get_msr_index_list().map_err(os("cannot ask KVM for its MSRs"))?;
     let readable = read(fd, all.as_slice())?;
-    let list: Arc<[u32]> = readable.iter().map(|m| m.index).take(MAX_MSRS).collect();
+    let indexes = readable.iter().map(|m| m.index).filter(|i| !HYPER_V.contains(i));
+    let list: Arc<[u32]> = indexes.take(MAX_MSRS).collect();
     *cached = Some(list.clone());
     Ok(list)
 }
