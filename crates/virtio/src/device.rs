@@ -22,7 +22,9 @@ pub trait Interrupt: Send + Sync {
 pub struct DeviceTraits {
     /// Virtio device type (1 net, 2 block, 4 entropy, ...; VIRTIO 1.2 section 5).
     pub device_type: u16,
-    /// Offered device and ring features, by bit (VIRTIO 1.2 section 6).
+    /// Offered device and ring features, by bit (VIRTIO 1.2 section 6). The transport adds
+    /// VERSION_1 and withholds RING_PACKED unless that is configured, so a device that knows packed
+    /// rings always names it.
     pub features: u64,
     /// Largest size of each queue, in entries; their number is the number of queues.
     pub queue_sizes: Vec<u16>,
@@ -61,7 +63,7 @@ pub struct RingSetup {
     pub features: u64,
     /// Where to go on; `None` at the start.
     pub pos: Option<RingPos>,
-    /// Written to when the driver kicks.
+    /// Written to when the driver kicks. Non-blocking, and the same for the device's whole life.
     pub kick: EventFd,
     /// Interrupts the driver.
     pub call: Arc<dyn Interrupt>,
