@@ -10,6 +10,7 @@ mod host;
 mod kernel;
 mod lab;
 mod paths;
+mod python;
 mod setup;
 mod test;
 

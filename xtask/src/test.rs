@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::host::{self, Host};
-use crate::{Result, guest, paths, setup};
+use crate::{Result, guest, paths, python, setup};
 
 /// The end-to-end tests together.
 const LIMIT: Duration = Duration::from_secs(25 * 60);
@@ -99,6 +99,9 @@ fn e2e(args: &TestArgs) -> Result<u8> {
     let mut argv: Vec<OsString> = ["sh", "-c", script, "e2e"].map(OsString::from).to_vec();
     argv.extend(programs.into_iter().map(OsString::from));
     let mut env = env.to_vec();
+    if let Some(python) = python::ensure() {
+        env.push(("TERN_QMP_PYTHON".into(), text(&python)));
+    }
     env.push(("FILTER".into(), args.filter.join(" ")));
     host.run(&argv, &env, LIMIT)
 }
