@@ -212,3 +212,112 @@ fn populate(host: usize, len: usize) {
     // SAFETY: the range is mapped guest memory; this only allocates its pages.
     unsafe { libc::madvise(host as *mut libc::c_void, len, libc::MADV_POPULATE_WRITE) };
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mem::{Backing, RegionSpec};
+    use proptest::prelude::*;
+
+    fn memory() -> GuestMemory {
+        let specs =
+            [RegionSpec { gpa: 0, size: 70 << 12 }, RegionSpec { gpa: 1 << 30, size: 9 << 12 }];
+        GuestMemory::new(&specs, &Backing::default()).unwrap()
+    }
+
+    fn frame(region: u16, runs: &[Run], fill: u8, sequence: u64) -> Vec<u8> {
+        let data: u32 = runs.iter().filter(|r| !r.zero).map(|r| r.count).sum();
+        let mut f = vec![0; ram::HEADER];
+        runs.iter().for_each(|r| r.put(&mut f));
+        ram::seal(&mut f, Kind::Pages { region, runs: runs.len() as u32, data }, sequence);
+        f.resize(f.len() + data as usize * PAGE_SIZE as usize, fill);
+        f
+    }
+
+    fn sync(round: u32, last: bool, sequence: u64) -> Vec<u8> {
+        let mut f = vec![0; ram::HEADER];
+        ram::seal(&mut f, Kind::Sync { round, last }, sequence);
+        f
+    }
+
+    fn run(first: u32, count: u32, zero: bool) -> Run {
+        Run { first, count, zero }
+    }
+
+    #[test]
+    fn places_pages_zeroes_what_was_not_zero_and_leaves_the_rest_untouched() {
+        let m = memory();
+        m.write(5 << 12, &[7; 4096]).unwrap();
+        let r = Receiver::new(&m);
+        let mut stream = frame(0, &[run(0, 66, true), run(66, 4, false)], 3, 0);
+        stream.extend(frame(1, &[run(0, 9, true)], 0, 1));
+        stream.extend(sync(1, true, 2));
+        let mut rounds = Vec::new();
+        r.run(&stream[..], &mut |s| rounds.push(s)).unwrap();
+        assert_eq!(rounds, [Sync { round: 1, last: true }]);
+        assert_eq!(r.missing(), None);
+        assert_eq!(m.read_obj::<u64>(5 << 12).unwrap(), 0);
+        assert_eq!(m.read_obj::<u64>(69 << 12).unwrap(), u64::from_ne_bytes([3; 8]));
+        assert_eq!(populated(&m.regions()[0]).unwrap().count(), 5);
+        assert_eq!(populated(&m.regions()[1]).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn says_which_pages_never_came() {
+        let m = memory();
+        let r = Receiver::new(&m);
+        let mut stream = frame(0, &[run(0, 70, true)], 0, 0);
+        stream.extend(frame(1, &[run(0, 4, true), run(5, 3, true)], 0, 1));
+        stream.extend(sync(1, true, 2));
+        r.run(&stream[..], &mut |_| {}).unwrap();
+        assert_eq!(r.missing(), Some(((1 << 30) + (4 << 12), 2)));
+    }
+
+    #[test]
+    fn refuses_what_lies_outside_and_what_is_out_of_order() {
+        let m = memory();
+        for (stream, says) in [
+            (frame(0, &[run(70, 1, false)], 0, 0), "outside"),
+            (frame(0, &[run(u32::MAX, u32::MAX >> 1, true)], 0, 0), "outside"),
+            (frame(0, &[run(0, 0, true)], 0, 0), "outside"),
+            (frame(2, &[run(0, 1, false)], 0, 0), "region 2 of 2"),
+            (frame(0, &[run(0, 1, false)], 0, 5), "sequence"),
+            (sync(2, false, 0), "ends after"),
+            (vec![0; 64], "magic"),
+            (vec![], "lost"),
+        ] {
+            let e = Receiver::new(&m).run(&stream[..], &mut |_| {}).unwrap_err().to_string();
+            assert!(e.contains(says), "{says}: {e}");
+        }
+        let mut flipped = frame(0, &[run(0, 1, true)], 0, 0);
+        flipped[ram::HEADER] ^= 1;
+        let e = Receiver::new(&m).run(&flipped[..], &mut |_| {}).unwrap_err();
+        assert!(e.to_string().contains("checksum"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_runs_are_safe(
+            region in 0u16..3,
+            list in proptest::collection::vec((0u32..80, 0u32..20, any::<bool>()), 1..20),
+            cut in 0usize..100_000,
+        ) {
+            let m = memory();
+            let list: Vec<_> = list.into_iter().map(|(f, c, z)| run(f, c, z)).collect();
+            let mut stream = frame(region, &list, 1, 0);
+            stream.truncate(cut);
+            let result = Receiver::new(&m).run(&stream[..], &mut |_| ());
+            prop_assert!(result.is_err());
+        }
+
+        #[test]
+        fn words_cover_exactly_the_range(first in 0u64..300, count in 1u64..300) {
+            let map = Bitmap::new(600);
+            let mut bits = std::collections::BTreeSet::new();
+            for (w, mask, _) in words(&map, first, count) {
+                (0..64).filter(|b| mask & (1 << b) != 0).for_each(|b| { bits.insert(w * 64 + b); });
+            }
+            prop_assert_eq!(bits, (first..first + count).collect());
+        }
+    }
+}

@@ -79,10 +79,9 @@ fn a_stopped_guest_moves_in_one_round_and_a_last_one() {
     let out = source::start(here.clone(), incoming.uri(), unlimited(), Arc::new(NoEvents)).unwrap();
     out.wait().unwrap();
     incoming.wait().unwrap();
-    assert_eq!(here.checksum(), {
-        there.stop();
-        there.checksum()
-    });
+    // The destination's load compared all memory.
+    assert_eq!(exactly_one(&here, &there).name, "dst");
+    there.stop();
 }
 
 #[test]
@@ -201,7 +200,7 @@ fn a_live_change_of_max_bandwidth_and_the_rate_itself() {
     here.boot();
     here.stop();
     let params = Arc::new(Parameters::default());
-    params.set_max_bandwidth(50 << 20);
+    params.set_max_bandwidth(10 << 20);
     let incoming =
         dest::listen(there.clone(), &local(), Options::default(), Arc::new(NoEvents)).unwrap();
     let out =
@@ -210,12 +209,13 @@ fn a_live_change_of_max_bandwidth_and_the_rate_itself() {
     let (start, before) = (Instant::now(), out.info().ram.unwrap().transferred);
     std::thread::sleep(Duration::from_millis(300));
     let sent = out.info().ram.unwrap().transferred - before;
-    let rate = sent as f64 / start.elapsed().as_secs_f64() / f64::from(50 << 20);
+    let rate = sent as f64 / start.elapsed().as_secs_f64() / f64::from(10 << 20);
     assert!((0.9..1.1).contains(&rate), "{rate}");
     params.set_max_bandwidth(0);
     out.wait().unwrap();
     incoming.wait().unwrap();
-    assert!(start.elapsed() < Duration::from_millis(900), "{:?}", start.elapsed());
+    // At the first rate it would have taken more than three seconds.
+    assert!(start.elapsed() < Duration::from_millis(2500), "{:?}", start.elapsed());
     there.stop();
 }
 
