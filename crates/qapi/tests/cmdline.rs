@@ -231,6 +231,21 @@ fn refusals_name_option_key_and_the_nearest() {
 }
 
 #[test]
+fn cache_modes_and_native_aio() {
+    let m = machine(
+        "-drive file=a,if=none,id=d,format=raw,cache=none,aio=native -device virtio-blk-pci,drive=d",
+    );
+    assert!(m.blocks[0].direct && m.blocks[0].aio == Aio::Native && m.blocks[1].node_name == "d");
+    let m = machine("-drive file=a,if=virtio,format=raw,cache=writethrough");
+    let DeviceKind::VirtioBlk(blk) = &m.devices.last().unwrap().kind else { panic!() };
+    assert!(!blk.write_cache && !m.blocks[0].direct);
+    let m = machine(
+        "-drive file=a,if=none,id=d,format=raw,cache=unsafe -device virtio-blk,drive=d,write-cache=off",
+    );
+    assert!(m.blocks[0].no_flush);
+}
+
+#[test]
 fn smp_arithmetic_is_qemus() {
     for (text, expected) in [
         ("8", (8, 8, 1, 1, 8, 1)),

@@ -53,6 +53,7 @@ impl Builder {
             other => return Err(no_driver(o, other)),
         };
         let node = node_options(o, node_name.clone(), driver)?;
+        check_aio(o, &node)?;
         self.machine.blocks.push(node);
         Ok(node_name)
     }
@@ -223,9 +224,6 @@ fn node_options(
         aio: aio.unwrap_or_default(),
         locking: o.on_off_auto("locking")?.unwrap_or(true),
     };
-    if !o.has("cache") {
-        check_aio(o, &node)?;
-    }
     Ok(node)
 }
 
