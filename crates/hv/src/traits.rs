@@ -102,8 +102,8 @@ pub enum Entry<'a> {
     /// The answer to the last [`Exit::IoIn`] or [`Exit::MmioRead`].
     Data(&'a [u8]),
     /// Only completes the last exit (so that its state can be saved), runs no guest code. Repeat
-    /// it (or answer with [`Entry::Data`] what it asks) until it gives [`Exit::Interrupted`]: an
-    /// instruction can need several exits.
+    /// it (or answer with [`Entry::Data`] what it asks, which then runs no guest code either)
+    /// until it gives [`Exit::Interrupted`]: an instruction can need several exits.
     CompleteExit,
 }
 

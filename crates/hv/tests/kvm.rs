@@ -125,6 +125,18 @@ fn completing_an_exit_runs_no_guest_code() {
 }
 
 #[test]
+fn an_answer_while_completing_runs_no_guest_code() {
+    // mov rbx, MMIO; mov eax, [rbx]; out 0xf4, eax
+    let code = [0x48, 0xc7, 0xc3, 0x00, 0x00, 0x00, 0x30, 0x8b, 0x03, 0xe7, 0xf4];
+    let Some((_vm, _mem, mut vcpu)) = guest(&code) else { return };
+    assert_eq!(run(&mut *vcpu, Entry::Resume), Exit::MmioRead { addr: MMIO, len: 4 });
+    assert!(vcpu.run(Entry::CompleteExit).is_err(), "it wants an answer");
+    assert_eq!(vcpu.run(Entry::Data(&7u32.to_le_bytes())).unwrap(), Exit::Interrupted);
+    vcpu.save("vcpu.0").unwrap();
+    assert_eq!(run(&mut *vcpu, Entry::Resume), out32(0xf4, 7));
+}
+
+#[test]
 fn triple_faults_are_reported() {
     // lidt [0] of an empty table, then ud2.
     let code = [0x0f, 0x01, 0x1c, 0x25, 0x00, 0x00, 0x00, 0x00, 0x0f, 0x0b];

@@ -51,6 +51,8 @@ pub struct KvmVcpu {
     kick: Arc<kick::Shared>,
     id: u32,
     open: Open,
+    /// Since the last [`Entry::CompleteExit`] no guest code may run: answers only complete too.
+    completing: bool,
     /// CPUID as it was set, to compare at restore.
     pub(super) cpuid: Vec<CpuidEntry>,
     /// The state at power-on, taken at the first [`Vcpu::set_boot`]: what a reset goes back to.
@@ -63,7 +65,7 @@ impl KvmVcpu {
         let kick =
             kick::Shared::new(&fd, vm.run_size).map_err(io("cannot map a vCPU's shared page"))?;
         let (open, cpuid) = (Open::Nothing, Vec::new());
-        Ok(Self { fd, vm, kick, id, open, cpuid, power_on: None })
+        Ok(Self { fd, vm, kick, id, open, completing: false, cpuid, power_on: None })
     }
 
     /// `len` bytes at `offset` of the kvm_run mapping.
@@ -212,6 +214,7 @@ impl KvmVcpu {
     fn run_error(&mut self, e: std::io::Error) -> Result<Exit> {
         match e.raw_os_error() {
             Some(libc::EINTR | libc::EAGAIN) => {
+                self.completing = false;
                 self.kick.take();
                 Ok(Exit::Interrupted)
             }
@@ -272,6 +275,11 @@ impl Vcpu for KvmVcpu {
 
     fn run(&mut self, entry: Entry<'_>) -> Result<Exit> {
         self.kick.own();
+        match entry {
+            Entry::Resume => self.completing = false,
+            Entry::CompleteExit => self.completing = true,
+            Entry::Data(_) => {}
+        }
         if let Some(exit) = self.next_piece()? {
             if matches!(entry, Entry::Data(_)) {
                 return Err(Error::State("an answer to an exit that wants none".into()));
@@ -283,8 +291,10 @@ impl Vcpu for KvmVcpu {
             _ if self.open != Open::Nothing => {
                 return Err(Error::State("the last exit wants an answer first".into()));
             }
-            Entry::CompleteExit => self.kick.request(),
-            Entry::Resume => {}
+            Entry::CompleteExit | Entry::Resume => {}
+        }
+        if self.completing {
+            self.kick.request();
         }
         match sys::run(&self.fd) {
             Ok(()) => self.decode_exit(),
