@@ -191,6 +191,16 @@ impl Image for RawImage {
     }
 }
 
+impl Drop for RawImage {
+    fn drop(&mut self) {
+        // Not left to closing the file: a ring that is being torn down in the kernel may keep the
+        // open file, and with it the locks, for a moment longer.
+        if let Err(e) = self.release_locks() {
+            tracing::warn!("{e}");
+        }
+    }
+}
+
 fn open_file(o: &RawOptions<'_>, path: &str) -> Result<(File, bool)> {
     let try_open = |read_only: bool| {
         // O_NONBLOCK: a FIFO must be refused, not waited for.

@@ -119,11 +119,8 @@ impl UringEngine {
 
 impl Engine for UringEngine {
     fn queue(&mut self, request: Request) {
-        let entry = self.entry(&request);
-        let (Some(entry), Some(slot)) = (entry, self.free.pop()) else {
-            self.helper.queue(request);
-            return;
-        };
+        let Some(entry) = self.entry(&request) else { return self.helper.queue(request) };
+        let Some(slot) = self.free.pop() else { return self.helper.queue(request) };
         let entry = entry.user_data(u64::from(slot));
         self.slots[slot as usize] = Some(request);
         // SAFETY: the request (its iovecs and buffer) stays in its slot until the completion.
