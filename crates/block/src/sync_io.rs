@@ -49,8 +49,8 @@ impl Target {
     /// Whether this transfer has to go through a bounce buffer.
     pub(crate) fn needs_bounce(&self, offset: u64, buffer: &Buffer) -> bool {
         self.direct.is_some_and(|a| {
-            offset % a.offset as u64 != 0
-                || buffer.len() % a.offset != 0
+            !offset.is_multiple_of(a.offset as u64)
+                || !buffer.len().is_multiple_of(a.offset)
                 || !buffer.aligned_to(a.memory)
         })
     }
@@ -126,7 +126,7 @@ impl Target {
 
     fn write_bounced(&self, offset: u64, buffer: &Buffer, way: Way) -> io::Result<()> {
         let align = self.align();
-        let ragged = offset % align as u64 != 0 || buffer.len() % align != 0;
+        let ragged = !offset.is_multiple_of(align as u64) || !buffer.len().is_multiple_of(align);
         let _guard = ragged.then(|| self.rmw.lock().unwrap_or_else(|e| e.into_inner()));
         let mut done = 0;
         let mut bounce = Aligned::new(BOUNCE, align);

@@ -201,3 +201,48 @@ impl SavedState for RngState {
     const KIND: &'static str = "virtio-rng";
     const VERSION: u16 = 1;
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use virtio::testing::{CountingInterrupt, DriverRing, ram};
+
+    use super::*;
+
+    #[test]
+    fn gives_bytes_within_its_limit_and_stops_in_between() {
+        let config =
+            |file: &str| RngConfig { name: "rng0".into(), filename: file.into(), packed: false };
+        assert!(VirtioRng::new(config("/no/such")).err().is_some_and(|e| e.contains("/no/such")));
+        let mut rng = VirtioRng::new(config("/dev/urandom")).unwrap();
+        let mem = ram(4 << 20);
+        let mut ring = DriverRing::new(&mem, 0x1000, QUEUE_SIZE, rng.traits().features);
+        let mut pos = None;
+        for len in [64, 1 << 20, 1] {
+            let setup = ring.setup(pos, Arc::new(CountingInterrupt::default()));
+            let kick = setup.kick.try_clone().unwrap();
+            rng.start_queue(0, setup).unwrap();
+            ring.add(&[], &[(0x100000, len)], None).unwrap();
+            kick.write(1).unwrap();
+            let start = Instant::now();
+            let written = loop {
+                if let Some((_, n)) = ring.poll_used() {
+                    break n;
+                }
+                assert!(start.elapsed() < Duration::from_secs(10));
+                std::thread::yield_now();
+            };
+            assert!(written >= 1 && written <= len.min(MAX_BYTES));
+            pos = rng.stop_queue(0);
+            assert!(pos.is_some());
+        }
+        let mut bytes = [0; 64];
+        mem.read(0x100000, &mut bytes).unwrap();
+        assert!(bytes.iter().any(|b| *b != 0));
+        let (kind, version) = rng.state_kind();
+        let saved = rng.save().unwrap();
+        rng.restore(kind, version, &saved).unwrap();
+        assert!(rng.restore(kind, version + 1, &saved).is_err());
+    }
+}

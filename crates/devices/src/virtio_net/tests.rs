@@ -26,10 +26,12 @@ impl Backend for Wire {
         self.0.as_raw_fd()
     }
     unsafe fn recv(&mut self, iov: &[libc::iovec]) -> io::Result<usize> {
+        // SAFETY: the caller's iovecs are valid.
         let n = unsafe { libc::readv(self.0.as_raw_fd(), iov.as_ptr(), iov.len() as i32) };
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
     }
     unsafe fn send(&mut self, iov: &[libc::iovec]) -> io::Result<usize> {
+        // SAFETY: the caller's iovecs are valid.
         let n = unsafe { libc::writev(self.0.as_raw_fd(), iov.as_ptr(), iov.len() as i32) };
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
     }
