@@ -259,10 +259,8 @@ impl Driver {
                 Some(input) => Some(input),
                 None => self.wait(rx, since),
             };
-            if let Some(input) = input {
-                if self.step(input) {
-                    since = Instant::now();
-                }
+            if input.is_some_and(|input| self.step(input)) {
+                since = Instant::now();
             }
         }
         self.inner.closed.store(true, Ordering::Release);

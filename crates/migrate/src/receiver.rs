@@ -159,11 +159,11 @@ impl Receiver {
             }
             let host = region.host + (first * PAGE_SIZE) as usize;
             let len = (count * PAGE_SIZE) as usize;
-            if let Some(touched) = &target.touched {
-                if words(touched, first, count).any(|(_, mask, word)| word & mask != mask) {
-                    populate(host, len);
-                    touched.set_range(first, count);
-                }
+            if let Some(touched) = &target.touched
+                && words(touched, first, count).any(|(_, mask, word)| word & mask != mask)
+            {
+                populate(host, len);
+                touched.set_range(first, count);
             }
             iov.push(libc::iovec { iov_base: host as *mut libc::c_void, iov_len: len });
         }

@@ -502,10 +502,8 @@ impl Driver {
 
     fn begin_round(&mut self, number: u64, last: bool) -> Option<Input> {
         let shared = &self.inner.shared;
-        if last {
-            if let Err(e) = shared.pending.harvest(&self.sources) {
-                return Some(Input::MachineFailed(e));
-            }
+        if last && let Err(e) = shared.pending.harvest(&self.sources) {
+            return Some(Input::MachineFailed(e));
         }
         let stats = &shared.stats;
         self.round = Some(RoundStart {

@@ -83,8 +83,8 @@ impl Machine {
                 let n = me.guest.steps.fetch_add(1, Ordering::SeqCst);
                 let r = &regions[n as usize % regions.len()];
                 // A hot set of a few pages, and now and then any page; sometimes zeroes.
-                let page = if n % 8 == 0 { n * 2_654_435_761 % r.pages() } else { n % 16 };
-                let data = if n % 5 == 0 { [0; 4096] } else { [n as u8; 4096] };
+                let page = if n.is_multiple_of(8) { n * 2_654_435_761 % r.pages() } else { n % 16 };
+                let data = if n.is_multiple_of(5) { [0; 4096] } else { [n as u8; 4096] };
                 me.memory.write(r.gpa + page * PAGE_SIZE, &data).unwrap();
                 written += 1;
                 let rate = me.guest.rate.load(Ordering::Relaxed);
