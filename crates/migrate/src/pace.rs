@@ -82,8 +82,11 @@ mod tests {
             sent += 1 << 19;
         }
         let rate = sent as f64 / start.elapsed().as_secs_f64() / f64::from(100 << 20);
-        assert!((0.9..1.1).contains(&rate), "{rate}");
+        // Never more; less only on a host that is too busy.
+        assert!((0.3..1.1).contains(&rate), "{rate}");
+        // Whatever was saved up, this overdraws it.
+        assert!(pacer.wait(1 << 30, &params, &|| false));
         params.set_max_bandwidth(1);
-        assert!(!pacer.wait(1, &params, &|| start.elapsed() > Duration::from_millis(300)));
+        assert!(!pacer.wait(1, &params, &|| start.elapsed() > Duration::from_millis(400)));
     }
 }
