@@ -123,32 +123,41 @@ impl Tap {
         Ok(usize::try_from(len).unwrap_or(0))
     }
 
-    /// Reads what is queued for a guest that has left, and gives it to the bridge again. To be
-    /// called when the VMM no longer reads, and the guest's new place was announced. Frames keep
+    /// Reads what is queued for a guest that has left, and gives it to the bridge again once the
+    /// guest's new place was announced: a broadcast from the guest's own address shows that, which
+    /// came to this tap through the bridge. To be called when the VMM no longer reads. Frames keep
     /// their order.
     ///
-    /// Returns how many frames there were.
-    pub fn hand_over(&self) -> Result<u64> {
+    /// Returns how many frames there were; without an announcement, this takes half a second.
+    pub fn hand_over(&self, guest: [u8; 6]) -> Result<u64> {
         let header = self.header_len()?;
-        let mut frames: Vec<Vec<u8>> = Vec::new();
+        let mut held: Vec<Vec<u8>> = Vec::new();
         let mut buf = vec![0; 70_000];
-        let until = Instant::now() + Duration::from_millis(200);
-        while frames.len() < 2 * QUEUE as usize && Instant::now() < until {
+        let until = Instant::now() + Duration::from_millis(500);
+        let mut announced = false;
+        while held.len() < 2 * QUEUE as usize {
             match (&self.file).read(&mut buf) {
-                Ok(n) => frames.push(buf[..n].to_vec()),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                Err(e) => return Err(e).context(|| format!("tap {}", self.name)),
+                Ok(n) => {
+                    let frame = &buf[header.min(n)..n];
+                    let (Some(to), Some(from)) = (frame.get(..6), frame.get(6..12)) else {
+                        continue;
+                    };
+                    announced |= from == guest;
+                    // Broadcasts reached the other port by themselves.
+                    if to[0] & 1 == 0 {
+                        held.push(buf[..n].to_vec());
+                    }
+                }
+                Err(e) if e.kind() != io::ErrorKind::WouldBlock => {
+                    return Err(e).context(|| format!("tap {}", self.name));
+                }
+                Err(_) if announced || Instant::now() > until => break,
+                Err(_) => std::thread::sleep(Duration::from_millis(1)),
             }
         }
-        let mut count = 0;
-        for frame in &frames {
-            // Broadcasts reached the other port by themselves.
-            let destination = frame.get(header..header + 6).unwrap_or_default();
-            if destination.first().is_some_and(|b| b & 1 == 0) {
-                (&self.file).write_all(frame).context(|| format!("tap {}", self.name))?;
-                count += 1;
-            }
+        for frame in &held {
+            (&self.file).write_all(frame).context(|| format!("tap {}", self.name))?;
         }
-        Ok(count)
+        Ok(held.len() as u64)
     }
 }

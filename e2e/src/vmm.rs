@@ -16,6 +16,8 @@ use crate::{Error, Result};
 
 /// The guest's network card.
 pub const MAC: &str = "52:54:00:7e:41:02";
+/// The same as it is in frames.
+pub const MAC_BYTES: [u8; 6] = [0x52, 0x54, 0x00, 0x7e, 0x41, 0x02];
 
 /// What to start.
 #[derive(Clone, Debug)]

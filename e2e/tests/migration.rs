@@ -8,7 +8,7 @@ use e2e::link::{Control, Stream};
 use e2e::migration::migrate;
 use e2e::network::{self, Tap};
 use e2e::testbed::{BOOT, Bed, is_tern};
-use e2e::vmm::{Config, Vmm};
+use e2e::vmm::{Config, MAC_BYTES, Vmm};
 use serde_json::{Value, json};
 
 /// A guest at work, and connections to it.
@@ -60,8 +60,7 @@ fn migrate_once(name: &str, uri: impl Fn(&Bed) -> String) {
     let report = migrate(&mut work.vm, &mut to, &uri).unwrap();
     assert_eq!(to.status().unwrap(), "running");
     assert_eq!(work.vm.status().unwrap(), "postmigrate");
-    std::thread::sleep(Duration::from_millis(100));
-    work.tap.hand_over().unwrap();
+    work.tap.hand_over(MAC_BYTES).unwrap();
     let after = work.guest.order(&Order::Verify).unwrap();
     assert_good(&after);
     assert!(after.uptime_ms > before.uptime_ms && after.uptime_ms < before.uptime_ms + 60_000.0);
@@ -134,8 +133,7 @@ fn cancel_leaves_the_source_running_and_a_second_try_succeeds() {
     let (mut to, _tap) = destination(&mut bed, &work.config, &uri);
     work.vm.qmp.execute("migrate-set-parameters", json!({"max-bandwidth": 1u64 << 30})).unwrap();
     migrate(&mut work.vm, &mut to, &uri).unwrap();
-    std::thread::sleep(Duration::from_millis(100));
-    work.tap.hand_over().unwrap();
+    work.tap.hand_over(MAC_BYTES).unwrap();
     assert_at_work(&mut work.guest);
 }
 

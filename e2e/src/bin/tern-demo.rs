@@ -14,7 +14,7 @@ use e2e::migration::{self, Report as Migration};
 use e2e::network::{self, Network, Tap};
 use e2e::ping::Pinger;
 use e2e::report::{self, Report, Row};
-use e2e::vmm::{Config, Vmm};
+use e2e::vmm::{Config, MAC_BYTES, Vmm};
 use e2e::{Error, Result, svg};
 use serde_json::json;
 
@@ -110,8 +110,7 @@ impl Demo<'_> {
         guest.order(&Order::Status)?;
         pinger.take_gap();
         let mut report = migration::migrate(&mut from.vmm, &mut to.vmm, &uri)?;
-        thread::sleep(Duration::from_millis(100));
-        report.frames_handed_over = from.tap.hand_over()?;
+        report.frames_handed_over = from.tap.hand_over(MAC_BYTES)?;
         report.blackout_ms = guest.order(&Order::Status)?.gap.since_query_ms;
         report.host_gap_ms = pinger.take_gap().as_secs_f64() * 1e3;
         from.vmm.quit()?;
