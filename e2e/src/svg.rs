@@ -56,12 +56,12 @@ fn rounds(out: &mut String, report: &Report, scale: &Scale, top: f64) {
             "<line class=\"d\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{top:.1}\" y2=\"{:.1}\"/>",
             top + PLOT
         );
-        if x - labelled > 92.0 {
+        if x - labelled > 120.0 && x < WIDTH - RIGHT - 120.0 {
             let _ = writeln!(
                 out,
                 "<text class=\"s\" x=\"{:.1}\" y=\"{:.1}\">round {}: {:.1} MiB</text>",
                 x + 3.0,
-                top + 11.0,
+                top + PLOT - 5.0,
                 round.round,
                 mib(round.bytes as f64)
             );
