@@ -88,7 +88,14 @@ struct RunDir(PathBuf);
 
 impl RunDir {
     fn new() -> Result<Self> {
-        let dir = paths::lab().join("run").join(std::process::id().to_string());
+        let runs = paths::lab().join("run");
+        // What runs that were killed left behind.
+        for old in fs::read_dir(&runs).into_iter().flatten().flatten() {
+            if !Path::new("/proc").join(old.file_name()).exists() {
+                let _ = fs::remove_dir_all(old.path());
+            }
+        }
+        let dir = runs.join(std::process::id().to_string());
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
         Ok(Self(dir))
