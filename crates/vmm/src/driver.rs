@@ -47,6 +47,7 @@ impl Driver<'_> {
             }
             Request::Reset | Request::Shutdown | Request::InternalError { .. } => {}
         }
+        tracing::debug!("{request:?}");
         let machine = self.machine?;
         if machine.defer(&request) {
             return None;

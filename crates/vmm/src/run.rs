@@ -93,11 +93,18 @@ fn start_monitors(
         let commands: Arc<dyn Commands> = control.clone();
         let made = match monitor.mode {
             spec::MonitorMode::Control => Monitor::qmp(chardev, commands, events, monitor.pretty),
+            spec::MonitorMode::Readline if is_mux(spec, &monitor.chardev) => {
+                Monitor::hmp_on_mux(chardev, commands)
+            }
             spec::MonitorMode::Readline => Monitor::hmp(chardev, commands),
         };
         all.push(made.map_err(|e| format!("monitor on '{}': {e}", monitor.chardev))?);
     }
     Ok(all)
+}
+
+fn is_mux(spec: &spec::Machine, id: &str) -> bool {
+    spec.chardevs.iter().any(|c| c.id == id && c.mux)
 }
 
 /// The chardev called `id`.

@@ -340,7 +340,10 @@ impl Runner {
                 }
                 Handled::Answer(len)
             }
-            Exit::Shutdown => Handled::Ask(Request::Reset),
+            Exit::Shutdown => {
+                tracing::warn!("vCPU {}: triple fault\n{}", self.shared.id, self.vcpu.describe());
+                Handled::Ask(Request::Reset)
+            }
             Exit::SystemEvent(_) => Handled::Ask(Request::Shutdown),
             Exit::Hlt | Exit::Interrupted => Handled::Go,
             Exit::InternalError(reason) => {
