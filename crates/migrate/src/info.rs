@@ -1,6 +1,7 @@
 //! What `query-migrate` says: QEMU's fields under QEMU's names, and ours marked `x-tern-`.
 
-use serde::Serialize;
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
 
 /// A migration's status, in QEMU's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
@@ -118,8 +119,10 @@ pub struct RamInfo {
 }
 
 /// The downtime by phase, in microseconds on the source's clock.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+///
+/// On the wire: `phases`, a list of names and microseconds that add up to the downtime, and the
+/// parts of them that overlap or that come after it, each under its own name.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DowntimePhases {
     /// vCPUs stop, devices drain.
     pub quiesce_us: u64,
@@ -137,6 +140,37 @@ pub struct DowntimePhases {
     pub start_us: u64,
     /// Release sent until the destination says that its output flows.
     pub release_us: u64,
+}
+
+impl DowntimePhases {
+    /// What follows one another from the stop here to the start there.
+    fn in_turn(&self) -> [(&'static str, u64); 4] {
+        [
+            ("quiesce", self.quiesce_us),
+            ("last-pages-and-save", self.last_pages_us.max(self.save_us)),
+            ("transfer-load", self.transfer_load_us),
+            ("go-running", self.go_running_us),
+        ]
+    }
+}
+
+impl Serialize for DowntimePhases {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Phase {
+            name: &'static str,
+            us: u64,
+        }
+        let phases = self.in_turn().map(|(name, us)| Phase { name, us });
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("phases", &phases)?;
+        map.serialize_entry("last-pages-us", &self.last_pages_us)?;
+        map.serialize_entry("save-us", &self.save_us)?;
+        map.serialize_entry("load-us", &self.load_us)?;
+        map.serialize_entry("start-us", &self.start_us)?;
+        map.serialize_entry("release-us", &self.release_us)?;
+        map.end()
+    }
 }
 
 /// Every round, with times in microseconds since the start of the migration.

@@ -488,6 +488,10 @@ impl Driver {
             })?;
             self.started += 1;
         }
+        // KVM's log begins with every page set (KVM_DIRTY_LOG_INITIALLY_SET) and protects pages as
+        // it is read: read now, so that the second round holds only what was really dirtied. All
+        // is pending already, and what was touched until here is in the populated maps below.
+        inner.shared.pending.harvest(&self.sources).map_err(Error::Machine)?;
         // After the logs began: what is touched from now on is in them.
         let maps = inner.shared.memory.regions().iter().map(populated).collect();
         let _ = inner.shared.populated.set(maps);
