@@ -297,3 +297,20 @@ proptest! {
         let _ = parse(&[value]);
     }
 }
+
+#[test]
+fn the_generic_loader_takes_plain_files() {
+    let m = machine("-device loader,file=/f,addr=0x4000000,force-raw=on");
+    assert_eq!(m.loads, [Load { file: "/f".into(), addr: 0x400_0000, raw: true }]);
+    assert!(m.devices.iter().all(|d| d.id.is_none()));
+    assert!(!machine(r#"-device {"driver":"loader","file":"/f","addr":4096}"#).loads[0].raw);
+    for (text, says) in [
+        ("loader,file=/f", "addr"),
+        ("loader,addr=0", "file"),
+        ("loader,addr=0,data=1,data-len=4", "data"),
+        ("loader,file=/f,addr=0,cpu-num=0", "cpu-num"),
+    ] {
+        let told = refused(&format!("-device {text}"));
+        assert!(told.contains(says), "{told}");
+    }
+}

@@ -97,6 +97,16 @@ pub struct Boot {
     pub append: String,
 }
 
+/// Bytes of a file that are put into RAM at power-on (`-device loader,file=,addr=`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Load {
+    pub file: PathBuf,
+    /// Guest-physical address of the first byte.
+    pub addr: u64,
+    /// The file's bytes are meant as they are, whatever format they look like.
+    pub raw: bool,
+}
+
 /// One level of a block node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockNode {
@@ -397,6 +407,9 @@ pub struct Machine {
     pub memory_backends: Vec<MemoryBackend>,
     pub numa: Vec<NumaNode>,
     pub boot: Boot,
+    /// Loaded in this order, after what [`Boot`] names.
+    #[serde(default)]
+    pub loads: Vec<Load>,
     pub blocks: Vec<BlockNode>,
     pub netdevs: Vec<NetBackend>,
     pub devices: Vec<Device>,
@@ -426,6 +439,7 @@ impl Default for Machine {
             memory_backends: Vec::new(),
             numa: Vec::new(),
             boot: Boot::default(),
+            loads: Vec::new(),
             blocks: Vec::new(),
             netdevs: Vec::new(),
             devices: Vec::new(),

@@ -43,6 +43,55 @@ pub enum Error {
     CommandLine { len: usize, max: usize },
     #[error("guest memory: {0}")]
     Memory(#[from] mem::Error),
+    #[error(
+        "-device loader,file={path}: it is {format}, which is not unpacked; force-raw=on loads its bytes as they are"
+    )]
+    Format { path: String, format: &'static str },
+    #[error("-device loader,file={path}: {size} bytes at {addr:#x} are not all in the guest's RAM")]
+    NotRam { path: String, addr: u64, size: u64 },
+}
+
+/// Puts a file's bytes into `mem`.
+pub fn load_file(mem: &GuestMemory, load: &spec::Load) -> Result<(), Error> {
+    let path = load.file.display().to_string();
+    let what = "the loader's file";
+    let mut file = open(what, &load.file)?;
+    let named = |source| Error::Open { what, path: path.clone(), source };
+    let size = file.metadata().map_err(named)?.len();
+    if !load.raw
+        && let Some(format) = format(&mut file).map_err(named)?
+    {
+        return Err(Error::Format { path, format });
+    }
+    let (mut at, mut left) = (load.addr, size);
+    while left > 0 {
+        let outside = || Error::NotRam { path: path.clone(), addr: load.addr, size };
+        let most = left.min(1 << 30) as usize;
+        // Up to the end of a region: RAM may go on in the next.
+        let len = mem.slice_up_to(at, most).map_err(|_| outside())?.len();
+        mem.mmap()
+            .read_exact_volatile_from(GuestAddress(at), &mut file, len)
+            .map_err(|e| named(std::io::Error::other(e)))?;
+        mem.mark_dirty(at, len as u64);
+        left -= len as u64;
+        at = at.checked_add(len as u64).ok_or_else(outside)?;
+    }
+    Ok(())
+}
+
+/// What QEMU's loader would not take for plain bytes.
+fn format(file: &mut File) -> std::io::Result<Option<&'static str>> {
+    let mut magic = Vec::new();
+    Read::by_ref(file).take(4).read_to_end(&mut magic)?;
+    file.rewind()?;
+    Ok(match magic[..] {
+        [0x7f, b'E', b'L', b'F'] => Some("an ELF file"),
+        [0x27, 0x05, 0x19, 0x56] => Some("a U-Boot image"),
+        [b':', a, b, _] if a.is_ascii_hexdigit() && b.is_ascii_hexdigit() => {
+            Some("an Intel HEX file")
+        }
+        _ => None,
+    })
 }
 
 /// Loads kernel, initrd and command line into `mem` and says where vCPU 0 starts. `rsdp` is the
@@ -257,4 +306,40 @@ fn pvh(
 
 fn put<T: vm_memory::ByteValued>(mem: &GuestMemory, at: u64, value: T) -> Result<(), Error> {
     Ok(mem.write(at, value.as_slice())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mem::{Backing, PAGE_SIZE, RegionSpec};
+
+    #[test]
+    fn loads_bytes_over_the_gap_between_regions_or_says_what_is_wrong() {
+        let page = PAGE_SIZE;
+        let specs = [
+            RegionSpec { gpa: 0, size: 2 * page },
+            RegionSpec { gpa: 2 * page, size: page },
+            RegionSpec { gpa: 8 * page, size: page },
+        ];
+        let mem = GuestMemory::new(&specs, &Backing::default()).unwrap();
+        let file = std::env::temp_dir().join(format!("tern-load-{}", std::process::id()));
+        let put = |bytes: &[u8]| std::fs::write(&file, bytes).unwrap();
+        let load = |addr, raw| load_file(&mem, &spec::Load { file: file.clone(), addr, raw });
+        let bytes: Vec<u8> = (0..page * 3 / 2).map(|i| (i * 7) as u8).collect();
+        put(&bytes);
+        load(page, false).unwrap();
+        let mut back = vec![0; page as usize];
+        mem.read(page, &mut back).unwrap();
+        assert_eq!(back, bytes[..page as usize]);
+        mem.read(2 * page, &mut back[..page as usize / 2]).unwrap();
+        assert_eq!(back[..page as usize / 2], bytes[page as usize..]);
+        for addr in [2 * page, 4 * page, u64::MAX - 1] {
+            assert!(load(addr, false).unwrap_err().to_string().contains("RAM"), "{addr:#x}");
+        }
+        put(b"\x7fELF and more");
+        assert!(load(0, false).unwrap_err().to_string().contains("force-raw"));
+        load(0, true).unwrap();
+        std::fs::remove_file(&file).unwrap();
+        assert!(load(0, true).unwrap_err().to_string().contains("cannot open"));
+    }
 }

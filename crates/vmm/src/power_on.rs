@@ -64,7 +64,10 @@ impl PowerOn {
         self.mem.write(layout::ACPI_TABLES, &self.tables).map_err(text)?;
         let rsdp = layout::ACPI_TABLES;
         let entry = boot::load(&self.mem, &self.spec.boot, &self.kernel, rsdp).map_err(text)?;
-        // What the loader wrote past our own accessors is dirty too.
+        for load in &self.spec.loads {
+            boot::load_file(&self.mem, load).map_err(text)?;
+        }
+        // What the kernel's loader wrote past our own accessors is dirty too.
         self.mem.mark_dirty(0, self.mem.regions().first().map_or(0, |r| r.size));
         self.vm.restore_irqchip(&self.irqchip).map_err(text)?;
         let sections = self.vcpus.clone();

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use spec::{Device, DeviceKind, VirtioBlk, VirtioNet};
+use spec::{Device, DeviceKind, Load, VirtioBlk, VirtioNet};
 
 use super::keyval::Opts;
 use super::suggest::hint;
@@ -12,6 +12,7 @@ use super::{Builder, CmdlineError, Stop, Taken};
 /// Drivers that work, with other names for them.
 pub const DRIVERS: &[(&str, &[&str])] = &[
     ("isa-serial", &[]),
+    ("loader", &[]),
     ("pcie-root-port", &[]),
     ("virtio-blk-pci", &["virtio-blk", "virtio-blk-pci-non-transitional"]),
     ("virtio-net-pci", &["virtio-net", "virtio-net-pci-non-transitional"]),
@@ -109,6 +110,9 @@ impl Builder {
         {
             return Err(o.error(format!("Duplicate device ID '{id}'")).into());
         }
+        if driver == "loader" {
+            return self.loader(&mut o);
+        }
         let bus = o.str("bus");
         let pci = driver != "isa-serial";
         let addr = if pci { o.with("addr", value::pci_addr)? } else { None };
@@ -128,6 +132,27 @@ impl Builder {
         let bus = if pci { bus } else { None };
         let device = Device { id, bus, addr, multifunction, kind };
         self.parsed_devices.push(Pending { device, option: option.into(), write_cache });
+        Ok(())
+    }
+
+    /// The generic loader: bytes of a file, at an address. It is no device that a guest sees.
+    fn loader(&mut self, o: &mut Opts) -> Taken {
+        for key in ["data", "data-len", "data-be"] {
+            if o.has(key) {
+                return Err(o.bad(key, "values are not loaded; give a file=").into());
+            }
+        }
+        if o.has("cpu-num") {
+            let why = "a vCPU cannot be started by a loader; it starts with -kernel";
+            return Err(o.bad("cpu-num", why).into());
+        }
+        let file = o.required("file")?.into();
+        let addr = o.with("addr", value::number)?.ok_or_else(|| {
+            o.error("'addr' is missing: the guest-physical address for the file's first byte")
+        })?;
+        let raw = o.flag("force-raw", false)?;
+        o.finish()?;
+        self.machine.loads.push(Load { file, addr, raw });
         Ok(())
     }
 
