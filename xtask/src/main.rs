@@ -3,6 +3,7 @@
 //! Everything here works on a fresh Debian machine that has a Rust toolchain; what else is needed
 //! comes from Debian's packages and is set up by [`setup`].
 
+mod bench;
 mod cpio;
 mod demo;
 mod guest;
@@ -39,6 +40,9 @@ enum Command {
     Guest,
     /// Live-migrate a working guest back and forth, check everything, and report
     Demo(demo::DemoArgs),
+    /// Measure, with the peers beside it
+    #[command(subcommand)]
+    Bench(bench::Bench),
     /// Run every test
     Test(test::TestArgs),
     /// The part of `lab` that runs on the lab host
@@ -77,6 +81,7 @@ fn run(command: Command) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Demo(args) => demo::run(args).map(ExitCode::from),
+        Command::Bench(bench) => bench::run(bench).map(ExitCode::from),
         Command::Test(args) => test::run(&args).map(ExitCode::from),
         Command::LabAgent { job } => lab::agent::run(&job).map(|()| ExitCode::SUCCESS),
     }

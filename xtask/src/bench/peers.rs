@@ -1,0 +1,106 @@
+//! The peer that Tern is measured against: the newest QEMU that Debian has for bookworm, unpacked
+//! from the backports suite under target/peers/ and not installed. Its libraries are those that the
+//! stable QEMU needs too.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::{Result, paths, setup};
+
+const SUITE: &str = "bookworm-backports";
+const PACKAGES: [&str; 4] =
+    ["qemu-system-x86", "qemu-system-data", "qemu-system-common", "seabios"];
+
+/// An unpacked QEMU.
+pub struct Qemu {
+    root: PathBuf,
+    /// For example 10.0.2.
+    pub version: String,
+}
+
+impl Qemu {
+    /// Its program with the options that say where its firmware is.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(self.root.join("usr/bin/qemu-system-x86_64"));
+        for dir in ["usr/share/qemu", "usr/share/seabios"] {
+            command.arg("-L").arg(self.root.join(dir));
+        }
+        command
+    }
+
+    fn at(root: PathBuf) -> Result<Self> {
+        let mut qemu = Self { root, version: String::new() };
+        let out = qemu.command().arg("--version").output();
+        let out = out.map_err(|e| format!("the unpacked QEMU does not start: {e}"))?;
+        let text = String::from_utf8_lossy(&out.stdout);
+        let version = text.split("version ").nth(1).and_then(|v| v.split_whitespace().next());
+        qemu.version = version
+            .ok_or_else(|| {
+                let why = String::from_utf8_lossy(&out.stderr).into_owned();
+                format!("the unpacked QEMU does not say its version: {why}")
+            })?
+            .to_owned();
+        Ok(qemu)
+    }
+}
+
+fn apt(state: &Path, args: &[&str], at: &Path) -> Result<()> {
+    let status = Command::new("apt-get")
+        .args(["-q", "-o", "APT::Sandbox::User=root", "-o", "Dir::Etc::SourceParts=/dev/null"])
+        .arg("-o")
+        .arg(format!("Dir::Etc::SourceList={}", state.join("backports.sources").display()))
+        .arg("-o")
+        .arg(format!("Dir::State::Lists={}", state.join("lists").display()))
+        .args(args)
+        .current_dir(at)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .status()
+        .map_err(|e| format!("apt-get does not start: {e}"))?;
+    if status.success() { Ok(()) } else { Err(format!("apt-get {} failed", args.join(" "))) }
+}
+
+/// Fetches with package lists of our own, so that the system's stay as they are.
+fn fetch(dir: &Path) -> Result<()> {
+    let wrong = |e: std::io::Error| format!("{}: {e}", dir.display());
+    let _ = fs::remove_dir_all(dir);
+    let (state, root) = (dir.join("apt"), dir.join("root"));
+    for d in [&state.join("lists/partial"), &root] {
+        fs::create_dir_all(d).map_err(wrong)?;
+    }
+    let source = format!(
+        "Types: deb\nURIs: http://deb.debian.org/debian\nSuites: bookworm {SUITE}\n\
+         Components: main\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
+    );
+    fs::write(state.join("backports.sources"), source).map_err(wrong)?;
+    apt(&state, &["update"], dir)?;
+    let wanted: Vec<String> = PACKAGES.iter().map(|p| format!("{p}/{SUITE}")).collect();
+    let mut args = vec!["download"];
+    args.extend(wanted.iter().map(String::as_str));
+    apt(&state, &args, dir)?;
+    for entry in fs::read_dir(dir).map_err(wrong)?.flatten() {
+        let deb = entry.path();
+        if deb.extension().is_none_or(|x| x != "deb") {
+            continue;
+        }
+        let status = Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&root).status();
+        if !status.is_ok_and(|s| s.success()) {
+            return Err(format!("cannot unpack {}", deb.display()));
+        }
+        fs::remove_file(&deb).map_err(wrong)?;
+    }
+    fs::remove_dir_all(&state).map_err(wrong)?;
+    fs::write(dir.join(".complete"), "").map_err(wrong)
+}
+
+/// The newest QEMU of the backports; once it is there, it is used without asking apt again.
+pub fn qemu() -> Result<Qemu> {
+    setup::ensure(setup::LAB)?;
+    let dir = paths::target().join("peers").join("qemu");
+    if !dir.join(".complete").exists() {
+        eprintln!("xtask: fetching QEMU from {SUITE}");
+        fetch(&dir)?;
+    }
+    Qemu::at(dir.join("root"))
+}
