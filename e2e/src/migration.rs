@@ -71,8 +71,8 @@ pub struct Report {
     pub rounds: Vec<Round>,
     /// The course of it.
     pub samples: Vec<Sample>,
-    /// Frames that were queued at the source's tap and handed over.
-    pub frames_handed_over: u64,
+    /// Frames that came to the source after the stop and that the VMM sent after the guest.
+    pub late_frames: u64,
 }
 
 fn number(info: &Value, pointer: &str) -> f64 {
@@ -110,6 +110,18 @@ fn rounds_of(samples: &[Sample], page: u64) -> Vec<Round> {
     rounds
 }
 
+/// The rounds of a VMM that tells them.
+fn told_rounds(trace: &Value) -> Vec<Round> {
+    let one = |r: &Value| Round {
+        round: number(r, "/round") as u64,
+        pages: number(r, "/pages") as u64,
+        bytes: number(r, "/bytes") as u64,
+        ms: number(r, "/us") / 1e3,
+        dirty_pages: number(r, "/dirty-pages") as u64,
+    };
+    trace["rounds"].as_array().map(|all| all.iter().map(one).collect()).unwrap_or_default()
+}
+
 fn fill(report: &mut Report, info: &Value) {
     report.total_ms = number(info, "/total-time");
     report.downtime_ms = number(info, "/downtime");
@@ -122,7 +134,8 @@ fn fill(report: &mut Report, info: &Value) {
     }
     report.vmm_blackout_ms =
         info.get("x-tern-blackout-us").and_then(Value::as_f64).map(|us| us / 1e3);
-    report.rounds = serde_json::from_value(part("x-tern-trace")).unwrap_or_default();
+    report.late_frames = number(info, "/x-tern-late-frames") as u64;
+    report.rounds = told_rounds(&part("x-tern-trace"));
     if report.rounds.is_empty() {
         let page = (number(info, "/ram/page-size") as u64).max(4096);
         report.rounds = rounds_of(&report.samples, page);
@@ -211,11 +224,13 @@ mod tests {
         let info = json!({"status": "completed", "total-time": 900, "downtime": 13,
             "x-tern-downtime": {"phases": [{"name": "stop", "us": 2500}, {"name": "state", "us": 9700}]},
             "x-tern-blackout-us": 15000,
-            "x-tern-trace": [{"round": 1, "pages": 3, "bytes": 12288, "ms": 4, "dirty_pages": 2}]});
+            "x-tern-trace": {"rounds": [{"round": 1, "pages": 3, "bytes": 12288, "us": 4000,
+                "dirty-pages": 2}]}});
         let mut report = Report::default();
         fill(&mut report, &info);
         assert_eq!(report.downtime_ms, 12.2);
         assert_eq!(report.vmm_blackout_ms, Some(15.0));
-        assert_eq!(report.rounds.len(), 1);
+        let round = Round { round: 1, pages: 3, bytes: 12288, ms: 4.0, dirty_pages: 2 };
+        assert_eq!(report.rounds, [round]);
     }
 }

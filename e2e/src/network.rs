@@ -1,19 +1,15 @@
 //! A network for guests on one host: a bridge in a network namespace of its own, and a tap for
 //! every VMM.
 //!
-//! The harness opens each tap and hands the descriptor to the VMM, and keeps a copy of it. That is
-//! what lets no frame get lost at a migration: what was still queued for the guest at the source's
-//! tap is read there after the hand-over ([`Tap::hand_over`]) and given to the bridge again, which
-//! by then knows the guest's new port.
+//! The harness opens each tap and hands the descriptor to the VMM.
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::Command;
-use std::time::{Duration, Instant};
 
 use crate::error::Context;
 use crate::{Error, Result};
@@ -26,7 +22,6 @@ pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 pub const PREFIX: u32 = 24;
 
 const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
-const TUNGETVNETHDRSZ: libc::Ioctl = 0x8004_54d7;
 /// linux/if_tun.h.
 const IFF_TAP: i16 = 0x0002;
 const IFF_NO_PI: i16 = 0x1000;
@@ -111,53 +106,5 @@ impl Tap {
     /// The descriptor for a VMM.
     pub fn descriptor(&self) -> Result<OwnedFd> {
         Ok(self.file.try_clone().context(|| format!("tap {}", self.name))?.into())
-    }
-
-    /// The length of the virtio-net header before each frame, as the VMM set it.
-    fn header_len(&self) -> Result<usize> {
-        let mut len: libc::c_int = 0;
-        // SAFETY: TUNGETVNETHDRSZ stores an int, which outlives the call.
-        if unsafe { libc::ioctl(self.file.as_raw_fd(), TUNGETVNETHDRSZ, &mut len) } != 0 {
-            return Err(io::Error::last_os_error()).context(|| format!("tap {}", self.name));
-        }
-        Ok(usize::try_from(len).unwrap_or(0))
-    }
-
-    /// Reads what is queued for a guest that has left, and gives it to the bridge again once the
-    /// guest's new place was announced: a broadcast from the guest's own address shows that, which
-    /// came to this tap through the bridge. To be called when the VMM no longer reads. Frames keep
-    /// their order.
-    ///
-    /// Returns how many frames there were; without an announcement, this takes half a second.
-    pub fn hand_over(&self, guest: [u8; 6]) -> Result<u64> {
-        let header = self.header_len()?;
-        let mut held: Vec<Vec<u8>> = Vec::new();
-        let mut buf = vec![0; 70_000];
-        let until = Instant::now() + Duration::from_millis(500);
-        let mut announced = false;
-        while held.len() < 2 * QUEUE as usize {
-            match (&self.file).read(&mut buf) {
-                Ok(n) => {
-                    let frame = &buf[header.min(n)..n];
-                    let (Some(to), Some(from)) = (frame.get(..6), frame.get(6..12)) else {
-                        continue;
-                    };
-                    announced |= from == guest;
-                    // Broadcasts reached the other port by themselves.
-                    if to[0] & 1 == 0 {
-                        held.push(buf[..n].to_vec());
-                    }
-                }
-                Err(e) if e.kind() != io::ErrorKind::WouldBlock => {
-                    return Err(e).context(|| format!("tap {}", self.name));
-                }
-                Err(_) if announced || Instant::now() > until => break,
-                Err(_) => std::thread::sleep(Duration::from_millis(1)),
-            }
-        }
-        for frame in &held {
-            (&self.file).write_all(frame).context(|| format!("tap {}", self.name))?;
-        }
-        Ok(held.len() as u64)
     }
 }

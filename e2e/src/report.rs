@@ -117,7 +117,7 @@ pub fn table(report: &Report, migrations: &[Migration]) -> String {
     let mut text = String::new();
     let _ = writeln!(
         text,
-        "  #  total ms  rounds  sent MiB  downtime ms  stop..resume ms  blackout ms: guest  host  held frames"
+        "  #  total ms  rounds  sent MiB  downtime ms  stop..resume ms  blackout ms: guest  host  late frames"
     );
     for (i, m) in migrations.iter().enumerate() {
         let sent = m.samples.last().map_or(0, |s| s.transferred) as f64 / f64::from(1 << 20);
@@ -132,7 +132,7 @@ pub fn table(report: &Report, migrations: &[Migration]) -> String {
             m.stop_to_resume_ms,
             m.blackout_ms,
             m.host_gap_ms,
-            m.frames_handed_over
+            m.late_frames
         );
     }
     if migrations.iter().any(|m| !m.phases.is_empty()) {

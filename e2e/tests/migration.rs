@@ -60,7 +60,6 @@ fn migrate_once(name: &str, uri: impl Fn(&Bed) -> String) {
     let report = migrate(&mut work.vm, &mut to, &uri).unwrap();
     assert_eq!(to.status().unwrap(), "running");
     assert_eq!(work.vm.status().unwrap(), "postmigrate");
-    work.tap.hand_over(MAC_BYTES).unwrap();
     let after = work.guest.order(&Order::Verify).unwrap();
     assert_good(&after);
     assert!(after.uptime_ms > before.uptime_ms && after.uptime_ms < before.uptime_ms + 60_000.0);
@@ -133,7 +132,6 @@ fn cancel_leaves_the_source_running_and_a_second_try_succeeds() {
     let (mut to, _tap) = destination(&mut bed, &work.config, &uri);
     work.vm.qmp.execute("migrate-set-parameters", json!({"max-bandwidth": 1u64 << 30})).unwrap();
     migrate(&mut work.vm, &mut to, &uri).unwrap();
-    work.tap.hand_over(MAC_BYTES).unwrap();
     assert_at_work(&mut work.guest);
 }
 

@@ -53,6 +53,9 @@ pub struct NetConfig {
     pub packed: bool,
 }
 
+/// Most late frames that wait for the guest's buffers.
+const MAX_LATE: usize = 16384;
+
 /// A pair's thread, or what it owns while it stands.
 enum Pair {
     Halted(Box<PairWorker>),
@@ -298,6 +301,22 @@ impl VirtioDevice for VirtioNet {
 
     fn arrived(&mut self) {
         self.handle().announce();
+    }
+
+    fn late_input(&mut self) -> Vec<Vec<u8>> {
+        let halted = self.pairs.iter_mut().filter_map(|p| match p {
+            Pair::Halted(w) => Some(w),
+            Pair::Running(_) | Pair::Lost => None,
+        });
+        halted.flat_map(|w| w.late_frames()).collect()
+    }
+
+    fn deliver_late(&mut self, input: Vec<Vec<u8>>) {
+        let mut inbox = self.shared.inbox.lock();
+        let room = MAX_LATE.saturating_sub(inbox.len());
+        inbox.extend(input.into_iter().filter(|f| f.len() > net::HEADER).take(room));
+        drop(inbox);
+        self.shared.signals[0].wake();
     }
 }
 

@@ -152,6 +152,16 @@ impl VirtioPci {
         self.core.lock().device.arrived();
     }
 
+    /// What came in after the queues stopped, for the guest's new place.
+    pub fn late_input(&self) -> Vec<Vec<u8>> {
+        self.core.lock().device.late_input()
+    }
+
+    /// Delivers what came in at the guest's old place after it had stopped there.
+    pub fn deliver_late(&self, input: Vec<Vec<u8>>) {
+        self.core.lock().device.deliver_late(input);
+    }
+
     /// Why it cannot be migrated, if so.
     pub fn migration_blocker(&self) -> Option<String> {
         self.core.lock().device.migration_blocker()

@@ -445,6 +445,10 @@ impl Driver {
                 endpoint.release_output();
                 None
             }
+            Output::Deliver(frames) => {
+                endpoint.deliver_late(frames);
+                None
+            }
             Output::Discard => {
                 endpoint.discard();
                 None

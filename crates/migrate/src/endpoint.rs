@@ -53,6 +53,19 @@ pub struct DeviceSpec {
     pub properties: Vec<(String, String)>,
 }
 
+/// A frame that came to the source's NIC after the guest had stopped there.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct LateFrame {
+    /// Section name of the NIC.
+    #[n(0)]
+    pub nic: String,
+    /// The frame, with the header that the NIC's back end puts in front.
+    #[n(1)]
+    #[cbor(with = "minicbor::bytes")]
+    pub frame: Vec<u8>,
+}
+
 /// The machine, to a migration. Calls come from the migration's own thread. Errors are sentences
 /// for the user.
 pub trait Endpoint: Send + Sync {
@@ -92,6 +105,15 @@ pub trait Endpoint: Send + Sync {
     fn run_held(&self) -> Result<(), String>;
     /// Destination: the source has acknowledged. Lets devices do I/O, announces NICs, emits RESUME.
     fn release_output(&self);
+    /// Source, after the destination's output flows: frames that came for the guest after it had
+    /// stopped here. Called until it gives none.
+    fn late_frames(&self) -> Vec<LateFrame> {
+        Vec::new()
+    }
+    /// Destination: delivers such frames.
+    fn deliver_late(&self, frames: Vec<LateFrame>) {
+        drop(frames);
+    }
     /// Destination: the migration ended without go: this machine never runs.
     fn discard(&self);
 }

@@ -79,6 +79,9 @@ pub struct MigrationInfo {
     /// that the first vCPU runs at the destination.
     #[serde(rename = "x-tern-blackout-us", skip_serializing_if = "Option::is_none")]
     pub tern_blackout_us: Option<u64>,
+    /// Frames that came to the source after the guest had stopped there, and were sent after it.
+    #[serde(rename = "x-tern-late-frames", skip_serializing_if = "Option::is_none")]
+    pub tern_late_frames: Option<u64>,
     /// Round by round.
     #[serde(rename = "x-tern-trace", skip_serializing_if = "Option::is_none")]
     pub tern_trace: Option<Trace>,

@@ -34,7 +34,7 @@ pub mod uri;
 pub mod wire;
 mod zero;
 
-pub use endpoint::{DeviceSpec, Endpoint, Preamble};
+pub use endpoint::{DeviceSpec, Endpoint, LateFrame, Preamble};
 pub use events::{Events, NoEvents};
 pub use info::{MigrationInfo, Status};
 pub use params::Parameters;

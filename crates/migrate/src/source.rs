@@ -25,7 +25,7 @@ use crate::session::source::{Input, Output, Plan};
 use crate::session::{self, HELLO_PATIENCE, RESOLVE_PATIENCE};
 use crate::stats::{Stats, micros};
 use crate::wire::{Hello, Msg, Role, SessionId};
-use crate::{Endpoint, Error, Events, MigrationInfo, Parameters, Result, Status, Uri};
+use crate::{Endpoint, Error, Events, LateFrame, MigrationInfo, Parameters, Result, Status, Uri};
 
 /// How long connecting may take.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
@@ -66,10 +66,14 @@ struct Inner {
 impl Inner {
     fn set_status(&self, status: Status) {
         let mut now = self.status.lock();
-        if *now != status && (*now == Status::None || !now.is_final()) {
+        let over = *now != Status::None && now.is_final();
+        // A cancel comes from another thread: what the migration's own thread was about to say
+        // must not follow it.
+        let late = *now == Status::Cancelling && !status.is_final();
+        if *now != status && !over && !late {
             *now = status;
-            drop(now);
             tracing::debug!(%status, "outgoing migration");
+            // With the lock held: events go out in the order of the changes.
             self.events.migration(status);
         }
     }
@@ -449,12 +453,41 @@ impl Driver {
                 self.inner.endpoint.handed_over();
                 None
             }
+            Output::ForwardFrames => {
+                self.forward_frames();
+                None
+            }
             Output::End(result) => {
                 self.result = Some(result);
                 None
             }
         };
         self.inputs.extend(input);
+    }
+
+    /// Sends the frames that came for the guest since it stopped here, until none has come for a
+    /// moment: the network knows the new place since the destination said Released.
+    fn forward_frames(&mut self) {
+        const QUIET: Duration = Duration::from_millis(2);
+        const MOST: Duration = Duration::from_millis(200);
+        let until = Instant::now() + MOST;
+        let mut sent = 0;
+        loop {
+            let frames = self.inner.endpoint.late_frames();
+            let none = frames.is_empty();
+            sent += frames.len() as u64;
+            self.inner.shared.stats.slow.lock().late_frames = Some(sent);
+            for batch in batches(frames) {
+                // The guest has moved; a frame that cannot follow is lost as on any network.
+                if self.send(&Msg::Frames(batch)).is_some() {
+                    return;
+                }
+            }
+            if none || Instant::now() > until {
+                return;
+            }
+            std::thread::sleep(QUIET);
+        }
     }
 
     fn send(&mut self, msg: &Msg) -> Option<Input> {
@@ -703,4 +736,23 @@ pub(crate) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<
         .spawn(work)
         .map(drop)
         .map_err(|e| Error::Machine(format!("cannot start thread {name}: {e}")))
+}
+
+/// Late frames in messages well below a control frame's bound.
+fn batches(frames: Vec<LateFrame>) -> Vec<Vec<LateFrame>> {
+    const BYTES: usize = 256 << 10;
+    let mut all: Vec<Vec<LateFrame>> = Vec::new();
+    let mut room = 0;
+    for frame in frames {
+        let bytes = frame.frame.len() + frame.nic.len() + 32;
+        if bytes > room || all.is_empty() {
+            all.push(Vec::new());
+            room = BYTES;
+        }
+        room = room.saturating_sub(bytes);
+        if let Some(last) = all.last_mut() {
+            last.push(frame);
+        }
+    }
+    all
 }

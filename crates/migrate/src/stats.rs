@@ -45,6 +45,7 @@ pub struct Slow {
     pub downtime: Option<Duration>,
     pub phases: Option<DowntimePhases>,
     pub blackout: Option<Duration>,
+    pub late_frames: Option<u64>,
     pub syncs: u64,
     pub dirty_pages_rate: u64,
     pub pages_per_second: u64,
@@ -117,6 +118,7 @@ impl Stats {
             error_desc: slow.error.clone(),
             blocked_reasons: Vec::new(),
             tern_downtime: slow.phases,
+            tern_late_frames: slow.late_frames,
             tern_blackout_us: slow.blackout.map(micros),
             tern_trace: Some(slow.trace.clone()),
         }

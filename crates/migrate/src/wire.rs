@@ -15,7 +15,7 @@ use std::io::Read;
 use minicbor::{Decode, Encode};
 use state::Section;
 
-use crate::{Error, Preamble, Result};
+use crate::{Error, LateFrame, Preamble, Result};
 
 /// The protocol versions that this build speaks.
 pub const VERSIONS: &[u16] = &[1];
@@ -150,6 +150,9 @@ pub enum Msg {
     /// All is done; no more questions will come.
     #[n(7)]
     Bye,
+    /// Frames that came for the guest after it had stopped at the source. After Released.
+    #[n(8)]
+    Frames(#[n(0)] Vec<LateFrame>),
     // From the destination.
     #[n(32)]
     HelloAck(#[n(0)] HelloAck),
@@ -189,6 +192,7 @@ impl Msg {
             Self::Release => 5,
             Self::Abort(_) => 6,
             Self::Bye => 7,
+            Self::Frames(_) => 8,
             Self::HelloAck(_) => 32,
             Self::Accept => 33,
             Self::Refuse(_) => 34,
@@ -212,6 +216,7 @@ impl Msg {
             Self::Release => "release",
             Self::Abort(_) => "abort",
             Self::Bye => "bye",
+            Self::Frames(_) => "late frames",
             Self::HelloAck(_) => "hello acknowledgement",
             Self::Accept => "accept",
             Self::Refuse(_) => "refuse",
@@ -340,7 +345,7 @@ fn check_header(header: &[u8; HEADER]) -> Result<(u16, usize)> {
 fn max_payload(kind: u16) -> Option<usize> {
     match kind {
         0 | 32 => Some(4 << 10),
-        1 => Some(1 << 20),
+        1 | 8 => Some(1 << 20),
         2 => Some(state::section::MAX_SECTION_BYTES + (64 << 10)),
         34 => Some(256 << 10),
         3..=7 | 33 | 35..=40 => Some(16 << 10),

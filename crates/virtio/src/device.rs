@@ -103,6 +103,18 @@ pub trait VirtioDevice: Send {
     fn migration_blocker(&self) -> Option<String>;
     /// Called at the destination when the guest runs there: a NIC announces itself.
     fn arrived(&mut self) {}
+    /// Called at the source when the guest runs elsewhere for good: what has come in for it since
+    /// its queues stopped and was not delivered (a NIC's frames, oldest first, each with the
+    /// header that its back end puts in front). A bounded number each call; empty when there is
+    /// none (left).
+    fn late_input(&mut self) -> Vec<Vec<u8>> {
+        Vec::new()
+    }
+    /// Called at the destination with what [`late_input`](Self::late_input) gave at the source:
+    /// to be delivered before anything that comes from now on.
+    fn deliver_late(&mut self, input: Vec<Vec<u8>>) {
+        drop(input);
+    }
 }
 
 /// Events of the device as a whole, implemented by the transport.

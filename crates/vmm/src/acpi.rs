@@ -336,7 +336,7 @@ mod tests {
         bytes.iter().fold(0u8, |a, b| a.wrapping_add(*b))
     }
 
-    fn table<'a>(image: &'a [u8], at: u64) -> &'a [u8] {
+    fn table(image: &[u8], at: u64) -> &[u8] {
         let at = (at - layout::ACPI_TABLES) as usize;
         let len = u32::from_le_bytes(image[at + 4..at + 8].try_into().unwrap()) as usize;
         &image[at..at + len]

@@ -78,8 +78,6 @@ pub fn build(
         spec: spec.clone(),
         vm,
         mem,
-        io,
-        interrupts,
         pci,
         pm,
         vcpus,

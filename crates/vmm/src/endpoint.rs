@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use devices::pci::PciDevice;
 use mem::{DirtySource, GuestMemory};
-use migrate::Endpoint;
 use migrate::endpoint::{DeviceSpec, Preamble};
+use migrate::{Endpoint, LateFrame};
 use state::Sections;
 
 use crate::layout;
@@ -113,6 +113,14 @@ impl Endpoint for MachineEndpoint {
 
     fn release_output(&self) {
         self.0.release_output();
+    }
+
+    fn late_frames(&self) -> Vec<LateFrame> {
+        self.0.late_frames()
+    }
+
+    fn deliver_late(&self, frames: Vec<LateFrame>) {
+        self.0.deliver_late(frames);
     }
 
     fn discard(&self) {

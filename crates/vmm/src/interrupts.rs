@@ -45,9 +45,8 @@ impl Interrupts {
     }
 
     /// A new user of pin `gsi`. Users of one pin are ORed.
-    pub fn line(&self, gsi: u32) -> Arc<dyn IrqLine> {
-        let up = Mutex::new(false);
-        Arc::new(Line { wiring: self.weak.clone(), gsi, up })
+    pub fn line(self: &Arc<Self>, gsi: u32) -> Arc<dyn IrqLine> {
+        Arc::new(Line { wiring: self.clone(), gsi, up: Mutex::new(false) })
     }
 
     fn apply(&self, state: &State) -> hv::Result<()> {
@@ -72,7 +71,7 @@ impl Interrupts {
 }
 
 struct Line {
-    wiring: Weak<Interrupts>,
+    wiring: Arc<Interrupts>,
     gsi: u32,
     up: Mutex<bool>,
 }
@@ -80,7 +79,7 @@ struct Line {
 impl IrqLine for Line {
     fn set(&self, level: bool) {
         let mut up = self.up.lock();
-        let Some(wiring) = self.wiring.upgrade() else { return };
+        let wiring = &self.wiring;
         if *up == level {
             return;
         }
@@ -100,12 +99,12 @@ impl IrqLine for Line {
 
 impl MsiAllocator for Interrupts {
     fn allocate(&self, count: u16) -> Result<Vec<Arc<dyn MsiVector>>, String> {
-        Ok((0..count)
-            .map(|_| {
-                let state = Mutex::new(VectorState { message: None, event: None });
-                Arc::new(Vector { wiring: self.weak.clone(), state }) as Arc<dyn MsiVector>
-            })
-            .collect())
+        let wiring = self.weak.upgrade().ok_or("the machine is being taken apart")?;
+        let vector = |_| {
+            let state = Mutex::new(VectorState { message: None, event: None });
+            Arc::new(Vector { wiring: wiring.clone(), state }) as Arc<dyn MsiVector>
+        };
+        Ok((0..count).map(vector).collect())
     }
 }
 
@@ -116,7 +115,7 @@ struct VectorState {
 }
 
 struct Vector {
-    wiring: Weak<Interrupts>,
+    wiring: Arc<Interrupts>,
     state: Mutex<VectorState>,
 }
 
@@ -150,8 +149,8 @@ impl Vector {
 impl MsiVector for Vector {
     fn trigger(&self) {
         let message = self.state.lock().message;
-        if let (Some((address, data)), Some(wiring)) = (message, self.wiring.upgrade())
-            && let Err(e) = wiring.vm.signal_msi(address, data)
+        if let Some((address, data)) = message
+            && let Err(e) = self.wiring.vm.signal_msi(address, data)
         {
             tracing::debug!("MSI to {address:#x}: {e}");
         }
@@ -163,19 +162,16 @@ impl MsiVector for Vector {
             return;
         }
         state.message = message;
-        if let Some(wiring) = self.wiring.upgrade()
-            && let Err(e) = Self::connect(&wiring, &mut state)
-        {
+        if let Err(e) = Self::connect(&self.wiring, &mut state) {
             tracing::warn!("MSI route: {e}");
         }
     }
 
     fn eventfd(&self) -> Option<EventFd> {
-        let wiring = self.wiring.upgrade()?;
         let mut state = self.state.lock();
         if state.event.is_none() {
             let gsi = {
-                let mut table = wiring.state.lock();
+                let mut table = self.wiring.state.lock();
                 if table.next_gsi > LAST_GSI {
                     return None;
                 }
@@ -183,7 +179,7 @@ impl MsiVector for Vector {
                 table.next_gsi - 1
             };
             state.event = Some((EventFd::new(EFD_NONBLOCK).ok()?, gsi, false));
-            if let Err(e) = Self::connect(&wiring, &mut state) {
+            if let Err(e) = Self::connect(&self.wiring, &mut state) {
                 tracing::warn!("irqfd: {e}");
                 state.event = None;
             }

@@ -16,10 +16,12 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use devices::acpi_pm::AcpiPm;
+use devices::pci::PciDevice;
 use devices::pci::root::PciRoot;
 use devices::virtio_pci::VirtioPci;
 use hv::{CpuidEntry, Vm};
 use mem::{DirtySource, GuestMemory};
+use migrate::LateFrame;
 use minicbor::{Decode, Encode};
 use parking_lot::Mutex;
 use qapi::EventBus;
@@ -27,8 +29,6 @@ use serde_json::json;
 use state::{Quiesced, Running, SavedState, Section, Sections, UnitSet};
 
 use crate::disks::Disk;
-use crate::interrupts::Interrupts;
-use crate::io::IoSpace;
 use crate::nics::Nic;
 use crate::power_on::PowerOn;
 use crate::runstate::RunState;
@@ -78,8 +78,6 @@ pub struct Parts {
     pub spec: spec::Machine,
     pub vm: Arc<dyn Vm>,
     pub mem: GuestMemory,
-    pub io: Arc<IoSpace>,
-    pub interrupts: Arc<Interrupts>,
     pub pci: Arc<PciRoot>,
     pub pm: Arc<AcpiPm>,
     pub vcpus: Vcpus,
@@ -175,7 +173,7 @@ impl Machine {
         let mut life = self.life.lock();
         match life.state {
             RunState::Running => Ok(()),
-            RunState::Prelaunch | RunState::Paused | RunState::IoError => {
+            RunState::Prelaunch | RunState::Paused => {
                 self.parts.vcpus.with_all(|_, vcpu| vcpu.notify_paused());
                 self.start(&mut life);
                 self.emit("RESUME", None);
@@ -415,6 +413,30 @@ impl Machine {
         }
         drop(life);
         self.replay(pending);
+    }
+
+    /// Source: frames that came for the guest after it had stopped here.
+    pub fn late_frames(&self) -> Vec<LateFrame> {
+        if self.state() != RunState::Postmigrate {
+            return Vec::new();
+        }
+        let of = |v: &Arc<VirtioPci>| {
+            let nic = v.name().to_owned();
+            let frames = v.late_input().into_iter();
+            frames.map(move |frame| LateFrame { nic: nic.clone(), frame }).collect::<Vec<_>>()
+        };
+        self.parts.virtio.iter().flat_map(of).collect()
+    }
+
+    /// Destination: gives the guest the frames that came to the source after it had stopped there.
+    pub fn deliver_late(&self, frames: Vec<LateFrame>) {
+        for v in &self.parts.virtio {
+            let own = frames.iter().filter(|f| f.nic == v.name());
+            let own: Vec<_> = own.map(|f| f.frame.clone()).collect();
+            if !own.is_empty() {
+                v.deliver_late(own);
+            }
+        }
     }
 
     fn replay(&self, pending: Option<Request>) {

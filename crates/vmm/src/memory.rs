@@ -14,7 +14,7 @@ const MIN_RAM: u64 = 2 << 20;
 /// Sentences that name the option.
 pub fn build(spec: &spec::Machine) -> Result<GuestMemory, String> {
     let size = spec.memory;
-    if !(MIN_RAM..=layout::MAX_RAM).contains(&size) || size % mem::PAGE_SIZE != 0 {
+    if !(MIN_RAM..=layout::MAX_RAM).contains(&size) || !size.is_multiple_of(mem::PAGE_SIZE) {
         return Err(format!(
             "-m: {size} bytes of RAM; expected {MIN_RAM} to {} bytes in whole 4 KiB pages",
             layout::MAX_RAM

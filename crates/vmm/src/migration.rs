@@ -188,14 +188,6 @@ impl Migration {
     pub fn capabilities(&self) -> Value {
         self.state.lock().capabilities.to_json()
     }
-
-    /// Whether an outgoing migration runs.
-    pub fn is_active(&self) -> bool {
-        match &self.state.lock().current {
-            Current::Outgoing(h) => !h.status().is_final(),
-            _ => false,
-        }
-    }
 }
 
 fn parse(arguments: &Value) -> Result<Uri, Error> {

@@ -17,8 +17,6 @@ pub enum RunState {
     Shutdown,
     /// A vCPU cannot go on.
     InternalError,
-    /// Disk I/O failed and the machine was told to stop on that.
-    IoError,
 }
 
 impl RunState {
@@ -33,7 +31,6 @@ impl RunState {
             Self::Postmigrate => "postmigrate",
             Self::Shutdown => "shutdown",
             Self::InternalError => "internal-error",
-            Self::IoError => "io-error",
         }
     }
 }

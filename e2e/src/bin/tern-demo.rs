@@ -110,7 +110,6 @@ impl Demo<'_> {
         guest.order(&Order::Status)?;
         pinger.take_gap();
         let mut report = migration::migrate(&mut from.vmm, &mut to.vmm, &uri)?;
-        report.frames_handed_over = from.tap.hand_over(MAC_BYTES)?;
         report.blackout_ms = guest.order(&Order::Status)?.gap.since_query_ms;
         report.host_gap_ms = pinger.take_gap().as_secs_f64() * 1e3;
         from.vmm.quit()?;

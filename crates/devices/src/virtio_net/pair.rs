@@ -31,6 +31,9 @@ const ETHERNET: usize = 18;
 /// Wait after the back end failed, in milliseconds.
 const RETRY: i32 = 200;
 
+/// Frames that one look for late ones takes: more than a tap's queue holds.
+const LATE_FRAMES: usize = 1024;
+
 /// Which of the pair's queues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Role {
@@ -256,8 +259,7 @@ impl PairWorker {
                 }
             }
             self.iov.0.truncate(MAX_SEGMENTS);
-            // SAFETY: the iovecs lie in guest RAM, which the chains at hand keep alive.
-            match unsafe { self.backend.recv(&self.iov.0) } {
+            match self.next_frame() {
                 Ok(n) => {
                     if let Err(reason) = self.deliver(n) {
                         return self.broken(Role::Receive, reason);
@@ -269,6 +271,32 @@ impl PairWorker {
             }
         }
         Next::More
+    }
+
+    /// Puts the next frame into the buffers at hand: late ones of a migration come first.
+    fn next_frame(&mut self) -> io::Result<usize> {
+        if self.index == 0
+            && let Some(frame) = self.shared.inbox.lock().pop_front()
+        {
+            return Ok(scatter(&self.iov.0, &frame));
+        }
+        // SAFETY: the iovecs lie in guest RAM, which the chains at hand keep alive.
+        unsafe { self.backend.recv(&self.iov.0) }
+    }
+
+    /// Takes from the back end what the stopped queue did not: at most [`LATE_FRAMES`] frames.
+    /// Broadcasts and multicasts reach the guest's new place by themselves and are left out.
+    pub(super) fn late_frames(&mut self) -> Vec<Vec<u8>> {
+        let mut frames = Vec::new();
+        let mut buffer = vec![0; HEADER + LARGE_FRAME];
+        for _ in 0..LATE_FRAMES {
+            let Ok(n) = recv_bytes(self.backend.as_mut(), &mut buffer) else { break };
+            let group = buffer.get(HEADER).is_none_or(|byte| byte & 1 != 0);
+            if n > HEADER && !group {
+                frames.push(buffer[..n].to_vec());
+            }
+        }
+        frames
     }
 
     /// Takes chains until the largest frame fits. `false`: the driver has to give more.
@@ -439,6 +467,19 @@ impl PairWorker {
         }
         Next::More
     }
+}
+
+/// Copies `frame` into the iovecs, as far as they reach; returns the bytes copied.
+fn scatter(iov: &[libc::iovec], frame: &[u8]) -> usize {
+    let mut done = 0;
+    for v in iov {
+        let part = v.iov_len.min(frame.len() - done);
+        // SAFETY: the iovecs lie in guest RAM, which the chains at hand keep alive; `part` bytes
+        // are within both, and the frame is memory of our own.
+        unsafe { std::ptr::copy_nonoverlapping(frame[done..].as_ptr(), v.iov_base.cast(), part) };
+        done += part;
+    }
+    done
 }
 
 /// Copies bytes at `offset` of `iov` out; whether they are all there.

@@ -1,5 +1,6 @@
 //! What the threads, the device and the monitor share.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::time::Duration;
@@ -55,6 +56,9 @@ pub(super) struct Shared {
     pub signals: Vec<Signal>,
     /// Frames of our own, header first, that pair 0 sends.
     pub outbox: Mutex<Vec<Vec<u8>>>,
+    /// Frames that came to the source of a migration after the guest had stopped there, header
+    /// first: pair 0 delivers them before its back end's.
+    pub inbox: Mutex<VecDeque<Vec<u8>>>,
     pub counters: Counters,
     pub events: Mutex<Option<Arc<dyn ConfigEvents>>>,
 }
@@ -70,6 +74,7 @@ impl Shared {
             active_pairs: AtomicU16::new(1),
             signals,
             outbox: Mutex::default(),
+            inbox: Mutex::default(),
             counters: Counters::default(),
             events: Mutex::new(None),
         }
@@ -81,6 +86,7 @@ impl Shared {
         self.announcing.store(false, Ordering::Release);
         self.features.store(0, Ordering::Release);
         self.active_pairs.store(1, Ordering::Release);
+        self.inbox.lock().clear();
         self.wake_all();
     }
 

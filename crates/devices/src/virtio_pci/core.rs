@@ -187,10 +187,10 @@ impl Core {
         }
         let Some(i) = self.selected() else { return };
         match offset {
-            common::QUEUE_SIZE => {
-                if !self.queues[i].enabled && (1..=self.traits.queue_sizes[i]).contains(&v) {
-                    self.queues[i].size = v;
-                }
+            common::QUEUE_SIZE
+                if !self.queues[i].enabled && (1..=self.traits.queue_sizes[i]).contains(&v) =>
+            {
+                self.queues[i].size = v;
             }
             common::QUEUE_VECTOR => self.shared.queue_vectors[i].store(vector, Ordering::SeqCst),
             common::QUEUE_ENABLE if v == 1 && !self.queues[i].enabled => {
@@ -223,7 +223,7 @@ impl Core {
             common::QUEUE_DEVICE => &mut q.used,
             _ => return,
         };
-        if offset % 4 == 0 {
+        if offset.is_multiple_of(4) {
             set_half(register, (offset & 4) as u32 / 4, v);
         }
     }

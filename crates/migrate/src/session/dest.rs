@@ -14,7 +14,7 @@ use state::{Section, Sections};
 
 use super::{HELLO_PATIENCE, RESOLVE_PATIENCE, STOPPED_PATIENCE};
 use crate::wire::{Hello, MAX_RAM_CHANNELS, MAX_STATE_BYTES, Msg, Resolution, Role, SessionId};
-use crate::{Error, Preamble, Result};
+use crate::{Error, LateFrame, Preamble, Result};
 
 /// What happened.
 #[derive(Debug, Clone)]
@@ -65,6 +65,8 @@ pub enum Output {
     RunHeld,
     /// Let output go. The migration is complete.
     ReleaseOutput,
+    /// Give the guest frames that came to the source after it had stopped there.
+    Deliver(Vec<LateFrame>),
     /// This machine never runs; its locks are free afterwards.
     Discard,
     /// The guest runs held here and the source cannot be heard: tell the operator.
@@ -338,6 +340,7 @@ impl Dest {
     fn over(&mut self, input: Input) -> Vec<Output> {
         match (&self.state, input) {
             (State::Released, Input::Msg(Msg::Release)) => vec![Output::Send(Msg::Released)],
+            (State::Released, Input::Msg(Msg::Frames(frames))) => vec![Output::Deliver(frames)],
             (State::Failed(why), Input::Msg(Msg::Go)) => {
                 vec![Output::Send(Msg::Failed(why.clone()))]
             }

@@ -82,6 +82,8 @@ pub enum Output {
     Quiesce,
     /// Save the machine: then [`Input::Saved`].
     Save,
+    /// Send what came for the guest since it stopped here.
+    ForwardFrames,
     /// Give up the disk locks: then [`Input::LocksReleased`].
     ReleaseLocks,
     /// Connect the control channel again, within [`RESOLVE_PATIENCE`] of the first loss: then
@@ -345,7 +347,7 @@ impl Source {
             (Link::Up, Input::Msg(Msg::Released))
             | (Link::Asking, Input::Msg(Msg::Resolution(Resolution::Released))) => {
                 self.state = State::Ended;
-                vec![Output::Send(Msg::Bye), Output::End(Ok(()))]
+                vec![Output::ForwardFrames, Output::Send(Msg::Bye), Output::End(Ok(()))]
             }
             (Link::Asking, Input::Msg(Msg::Resolution(Resolution::Running))) => {
                 self.state = State::Releasing(Link::Up);

@@ -223,6 +223,7 @@ impl World {
                 }
                 Input::LocksReleased(fail(self.broken.release_locks))
             }
+            Output::ForwardFrames => return,
             Output::Reconnect => {
                 self.to_dst.clear();
                 self.to_src.clear();
@@ -293,6 +294,7 @@ impl World {
                 self.d.running = !self.broken.start;
                 Input::Started(fail(self.broken.start))
             }
+            Output::Deliver(_) => return,
             Output::ReleaseOutput => {
                 assert!(self.d.running);
                 self.d.output = true;
