@@ -172,7 +172,9 @@ fn cancel_works_in_every_phase() {
         assert!(start.elapsed() < STUCK, "{:?}", start.elapsed());
         assert_eq!(out.status(), Status::Cancelled);
         let log = log.0.lock();
-        assert_eq!(log[log.len() - 2..], ["cancelling", "cancelled"]);
+        // A pass may begin while the cancel comes.
+        let statuses: Vec<_> = log.iter().filter(|e| !e.starts_with("pass")).collect();
+        assert_eq!(statuses[statuses.len() - 2..], ["cancelling", "cancelled"]);
         incoming.stop();
         assert!(incoming.wait().is_err());
         assert_eq!(exactly_one(&here, &there).name, "src");

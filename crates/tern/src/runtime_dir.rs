@@ -143,10 +143,6 @@ impl RuntimeDir {
             .map_err(io_error("write", &path))
     }
 
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// Where the VMM is to listen for the `tern` commands.
     pub fn qmp_socket(&self) -> PathBuf {
         self.path.join("qmp.sock")
