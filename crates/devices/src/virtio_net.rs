@@ -25,7 +25,9 @@ use minicbor::{Decode, Encode};
 use net::{Backend, Mac, Offloads};
 use state::{SavedState, Section};
 use virtio::features::has;
-use virtio::{ConfigEvents, DeviceTraits, Queue, QueueIndex, RingPos, RingSetup, VirtioDevice};
+use virtio::{
+    ConfigEvents, DeviceTraits, LateInput, Queue, QueueIndex, RingPos, RingSetup, VirtioDevice,
+};
 
 use crate::virtio_worker::{Signal, Worker};
 use config::*;
@@ -208,6 +210,7 @@ impl VirtioDevice for VirtioNet {
     fn activate(&mut self, features: u64, events: Arc<dyn ConfigEvents>) -> Result<(), String> {
         self.features = features;
         self.shared.features.store(features, Ordering::Release);
+        self.shared.moved.store(false, Ordering::Release);
         *self.shared.events.lock() = Some(events);
         self.apply_features();
         Ok(())
@@ -303,12 +306,16 @@ impl VirtioDevice for VirtioNet {
         self.handle().announce();
     }
 
-    fn late_input(&mut self) -> Vec<Vec<u8>> {
-        let halted = self.pairs.iter_mut().filter_map(|p| match p {
-            Pair::Halted(w) => Some(w),
-            Pair::Running(_) | Pair::Lost => None,
-        });
-        halted.flat_map(|w| w.late_frames()).collect()
+    fn late_input(&mut self) -> LateInput {
+        let mut late =
+            LateInput { frames: Vec::new(), settled: self.shared.moved.load(Ordering::Acquire) };
+        for pair in &mut self.pairs {
+            if let Pair::Halted(worker) = pair {
+                worker.late_frames(&mut late);
+            }
+        }
+        self.shared.moved.store(late.settled, Ordering::Release);
+        late
     }
 
     fn deliver_late(&mut self, input: Vec<Vec<u8>>) {

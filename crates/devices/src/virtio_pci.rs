@@ -153,7 +153,7 @@ impl VirtioPci {
     }
 
     /// What came in after the queues stopped, for the guest's new place.
-    pub fn late_input(&self) -> Vec<Vec<u8>> {
+    pub fn late_input(&self) -> virtio::LateInput {
         self.core.lock().device.late_input()
     }
 

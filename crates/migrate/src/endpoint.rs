@@ -106,9 +106,10 @@ pub trait Endpoint: Send + Sync {
     /// Destination: the source has acknowledged. Lets devices do I/O, announces NICs, emits RESUME.
     fn release_output(&self);
     /// Source, after the destination's output flows: frames that came for the guest after it had
-    /// stopped here. Called until it gives none.
-    fn late_frames(&self) -> Vec<LateFrame> {
-        Vec::new()
+    /// stopped here, and whether no more can come, since the network knows its new place. Called
+    /// until that is so, but not for long.
+    fn late_frames(&self) -> (Vec<LateFrame>, bool) {
+        (Vec::new(), true)
     }
     /// Destination: delivers such frames.
     fn deliver_late(&self, frames: Vec<LateFrame>) {

@@ -465,16 +465,15 @@ impl Driver {
         self.inputs.extend(input);
     }
 
-    /// Sends the frames that came for the guest since it stopped here, until none has come for a
-    /// moment: the network knows the new place since the destination said Released.
+    /// Sends the frames that came for the guest since it stopped here, until the network has shown
+    /// that it knows the new place. Not every network shows it to the old one.
     fn forward_frames(&mut self) {
         const QUIET: Duration = Duration::from_millis(2);
-        const MOST: Duration = Duration::from_millis(200);
+        const MOST: Duration = Duration::from_millis(300);
         let until = Instant::now() + MOST;
         let mut sent = 0;
         loop {
-            let frames = self.inner.endpoint.late_frames();
-            let none = frames.is_empty();
+            let (frames, settled) = self.inner.endpoint.late_frames();
             sent += frames.len() as u64;
             self.inner.shared.stats.slow.lock().late_frames = Some(sent);
             for batch in batches(frames) {
@@ -483,7 +482,7 @@ impl Driver {
                     return;
                 }
             }
-            if none || Instant::now() > until {
+            if settled || Instant::now() > until {
                 return;
             }
             std::thread::sleep(QUIET);

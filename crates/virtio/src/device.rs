@@ -105,16 +105,23 @@ pub trait VirtioDevice: Send {
     fn arrived(&mut self) {}
     /// Called at the source when the guest runs elsewhere for good: what has come in for it since
     /// its queues stopped and was not delivered (a NIC's frames, oldest first, each with the
-    /// header that its back end puts in front). A bounded number each call; empty when there is
-    /// none (left).
-    fn late_input(&mut self) -> Vec<Vec<u8>> {
-        Vec::new()
+    /// header that its back end puts in front). A bounded number each call.
+    fn late_input(&mut self) -> LateInput {
+        LateInput { frames: Vec::new(), settled: true }
     }
     /// Called at the destination with what [`late_input`](Self::late_input) gave at the source:
     /// to be delivered before anything that comes from now on.
     fn deliver_late(&mut self, input: Vec<Vec<u8>>) {
         drop(input);
     }
+}
+
+/// What [`VirtioDevice::late_input`] found.
+#[derive(Debug, Default)]
+pub struct LateInput {
+    pub frames: Vec<Vec<u8>>,
+    /// Nothing more will come here: the network has shown that it knows the guest's new place.
+    pub settled: bool,
 }
 
 /// Events of the device as a whole, implemented by the transport.

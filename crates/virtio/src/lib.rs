@@ -13,6 +13,6 @@ pub mod ring;
 pub mod testing;
 
 pub use device::{
-    ConfigEvents, DeviceTraits, Interrupt, QueueIndex, RingPos, RingSetup, VirtioDevice,
+    ConfigEvents, DeviceTraits, Interrupt, LateInput, QueueIndex, RingPos, RingSetup, VirtioDevice,
 };
 pub use ring::{Chain, Queue, Ring, RingError};

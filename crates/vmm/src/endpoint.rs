@@ -115,7 +115,7 @@ impl Endpoint for MachineEndpoint {
         self.0.release_output();
     }
 
-    fn late_frames(&self) -> Vec<LateFrame> {
+    fn late_frames(&self) -> (Vec<LateFrame>, bool) {
         self.0.late_frames()
     }
 

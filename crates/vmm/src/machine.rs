@@ -415,17 +415,18 @@ impl Machine {
         self.replay(pending);
     }
 
-    /// Source: frames that came for the guest after it had stopped here.
-    pub fn late_frames(&self) -> Vec<LateFrame> {
-        if self.state() != RunState::Postmigrate {
-            return Vec::new();
+    /// Source: frames that came for the guest after it had stopped here, and whether no more can.
+    pub fn late_frames(&self) -> (Vec<LateFrame>, bool) {
+        let (mut frames, mut settled) = (Vec::new(), true);
+        if self.state() == RunState::Postmigrate {
+            for v in &self.parts.virtio {
+                let late = v.late_input();
+                let named = |frame| LateFrame { nic: v.name().to_owned(), frame };
+                frames.extend(late.frames.into_iter().map(named));
+                settled &= late.settled;
+            }
         }
-        let of = |v: &Arc<VirtioPci>| {
-            let nic = v.name().to_owned();
-            let frames = v.late_input().into_iter();
-            frames.map(move |frame| LateFrame { nic: nic.clone(), frame }).collect::<Vec<_>>()
-        };
-        self.parts.virtio.iter().flat_map(of).collect()
+        (frames, settled)
     }
 
     /// Destination: gives the guest the frames that came to the source after it had stopped there.

@@ -16,7 +16,7 @@ use std::sync::atomic::Ordering;
 use net::backend::{recv_bytes, send_bytes};
 use net::{Backend, HEADER, Offloads};
 use virtio::ring::MAX_SEGMENTS;
-use virtio::{Chain, Queue, RingError, RingPos};
+use virtio::{Chain, LateInput, Queue, RingError, RingPos};
 
 use super::control;
 use super::shared::Shared;
@@ -285,18 +285,22 @@ impl PairWorker {
     }
 
     /// Takes from the back end what the stopped queue did not: at most [`LATE_FRAMES`] frames.
-    /// Broadcasts and multicasts reach the guest's new place by themselves and are left out.
-    pub(super) fn late_frames(&mut self) -> Vec<Vec<u8>> {
-        let mut frames = Vec::new();
+    /// Broadcasts and multicasts reach the guest's new place by themselves and are left out; one
+    /// from the guest's own address is its announcement from there, and settles it.
+    pub(super) fn late_frames(&mut self, late: &mut LateInput) {
+        let mac = self.shared.filter.load().mac;
         let mut buffer = vec![0; HEADER + LARGE_FRAME];
         for _ in 0..LATE_FRAMES {
             let Ok(n) = recv_bytes(self.backend.as_mut(), &mut buffer) else { break };
-            let group = buffer.get(HEADER).is_none_or(|byte| byte & 1 != 0);
-            if n > HEADER && !group {
-                frames.push(buffer[..n].to_vec());
+            let Some((to, from)) = buffer[..n].get(HEADER..HEADER + 12).map(|a| a.split_at(6))
+            else {
+                continue;
+            };
+            late.settled |= from == mac;
+            if to[0] & 1 == 0 {
+                late.frames.push(buffer[..n].to_vec());
             }
         }
-        frames
     }
 
     /// Takes chains until the largest frame fits. `false`: the driver has to give more.

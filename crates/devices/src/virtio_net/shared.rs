@@ -59,6 +59,8 @@ pub(super) struct Shared {
     /// Frames that came to the source of a migration after the guest had stopped there, header
     /// first: pair 0 delivers them before its back end's.
     pub inbox: Mutex<VecDeque<Vec<u8>>>,
+    /// The guest has left, and its announcement from the new place was seen here.
+    pub moved: AtomicBool,
     pub counters: Counters,
     pub events: Mutex<Option<Arc<dyn ConfigEvents>>>,
 }
@@ -75,6 +77,7 @@ impl Shared {
             signals,
             outbox: Mutex::default(),
             inbox: Mutex::default(),
+            moved: AtomicBool::new(false),
             counters: Counters::default(),
             events: Mutex::new(None),
         }
