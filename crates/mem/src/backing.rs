@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -42,8 +43,25 @@ pub(crate) fn open(backing: &Backing, size: u64) -> Result<Option<Arc<File>>> {
         BackingKind::Memfd { hugetlb } => memfd(*hugetlb)?,
         BackingKind::File { path } => file(path)?,
     };
-    let len = file.metadata().map(|m| m.len()).unwrap_or(0);
-    if len < size {
+    let metadata =
+        file.metadata().map_err(|source| Error::Host { what: "RAM's backing".into(), source })?;
+    if let BackingKind::File { path } = &backing.kind {
+        let wrong = |why: String| Error::Layout(format!("memory file {}: {why}", path.display()));
+        if !metadata.is_file() {
+            return Err(wrong("neither a regular file nor a directory".into()));
+        }
+        // Somebody else's file is not made longer, and what is in it not taken for RAM.
+        if (1..size).contains(&metadata.len()) {
+            return Err(wrong(format!("has {} bytes, {size} are needed", metadata.len())));
+        }
+    }
+    let huge = page_size(&file);
+    if !size.is_multiple_of(huge) {
+        return Err(Error::Layout(format!(
+            "{size} bytes of RAM are not whole huge pages of {huge} bytes"
+        )));
+    }
+    if metadata.len() < size {
         file.set_len(size).map_err(|source| Error::Host {
             what: format!("cannot make the RAM's backing {size} bytes long"),
             source,
@@ -75,6 +93,8 @@ fn file(path: &std::path::Path) -> Result<File> {
     let mut options = File::options();
     options.read(true).write(true);
     if !path.is_dir() {
+        // Non-blocking: a FIFO is refused later instead of being waited for.
+        options.custom_flags(libc::O_NONBLOCK);
         return options.create(true).truncate(false).open(path).map_err(host);
     }
     let name = path.join(format!("tern-ram-{}", std::process::id()));
@@ -93,4 +113,26 @@ pub(crate) fn page_size(file: &File) -> u64 {
         return s.f_bsize as u64;
     }
     crate::PAGE_SIZE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_files_of_the_right_size_become_ram() {
+        let path = std::env::temp_dir().join(format!("tern-backing-{}", std::process::id()));
+        let kind = BackingKind::File { path: path.clone() };
+        let backing = Backing { kind, share: true, prealloc: false };
+        std::fs::write(&path, "a letter").unwrap();
+        assert!(open(&backing, 8192).unwrap_err().to_string().contains("has 8 bytes"));
+        assert_eq!(std::fs::read(&path).unwrap(), b"a letter");
+        std::fs::write(&path, "").unwrap();
+        assert_eq!(open(&backing, 8192).unwrap().unwrap().metadata().unwrap().len(), 8192);
+        assert!(open(&backing, 4096).is_ok());
+        std::fs::remove_file(&path).unwrap();
+        let device = BackingKind::File { path: "/dev/zero".into() };
+        let device = Backing { kind: device, ..backing };
+        assert!(open(&device, 4096).unwrap_err().to_string().contains("neither a regular file"));
+    }
 }

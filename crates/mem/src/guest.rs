@@ -116,7 +116,7 @@ impl GuestMemory {
         let mut maps = Vec::new();
         let mut offset = 0;
         for (index, s) in specs.iter().enumerate() {
-            let map = map_region(s, file.as_ref().map(|f| (f, offset)), backing)?;
+            let map = map_region(s, file.as_ref().map(|f| (f, offset)), page_size, backing)?;
             regions.push(Region {
                 index,
                 gpa: s.gpa,
@@ -291,10 +291,19 @@ impl GuestMemory {
 fn map_region(
     spec: &RegionSpec,
     file: Option<(&Arc<File>, u64)>,
+    page_size: u64,
     backing: &Backing,
 ) -> Result<MmapRegion<()>> {
+    if !spec.size.is_multiple_of(page_size) {
+        return Err(Error::Layout(format!(
+            "{:#x} bytes of RAM at {:#x} are not whole huge pages of {page_size:#x} bytes",
+            spec.size, spec.gpa
+        )));
+    }
     let size = usize::try_from(spec.size).map_err(|e| Error::Layout(e.to_string()))?;
-    let mut flags = libc::MAP_NORESERVE;
+    // Huge pages are reserved here, where a lack of them is an error; without, the first access to
+    // a missing one would kill the process.
+    let mut flags = if page_size > PAGE_SIZE { 0 } else { libc::MAP_NORESERVE };
     flags |= if backing.share && file.is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
     let offset = match file {
         // A dup of the fd: vm-memory wants to own its File.
@@ -309,15 +318,35 @@ fn map_region(
             None
         }
     };
+    let map = MmapRegion::build(offset, size, libc::PROT_READ | libc::PROT_WRITE, flags).map_err(
+        |e| {
+            let source = match e {
+                vm_memory::mmap::MmapRegionError::Mmap(e) => e,
+                e => std::io::Error::other(e.to_string()),
+            };
+            let hint = if page_size > PAGE_SIZE {
+                format!(" in huge pages of {page_size:#x} bytes (see /proc/sys/vm/nr_hugepages)")
+            } else {
+                String::new()
+            };
+            Error::Host { what: format!("cannot map {size:#x} bytes of guest RAM{hint}"), source }
+        },
+    )?;
     if backing.prealloc {
-        flags |= libc::MAP_POPULATE;
+        populate(&map)?;
     }
-    MmapRegion::build(offset, size, libc::PROT_READ | libc::PROT_WRITE, flags).map_err(|e| {
-        Error::Host {
-            what: format!("cannot map {size:#x} bytes of guest RAM"),
-            source: std::io::Error::other(e.to_string()),
-        }
-    })
+    Ok(map)
+}
+
+/// Touches every page for writing, so that a host without the memory says so now.
+fn populate(map: &MmapRegion<()>) -> Result<()> {
+    // SAFETY: the range is exactly the mapping; the call changes no bytes in it.
+    if unsafe { libc::madvise(map.as_ptr().cast(), map.size(), libc::MADV_POPULATE_WRITE) } == 0 {
+        return Ok(());
+    }
+    let source = std::io::Error::last_os_error();
+    let what = format!("cannot allocate {:#x} bytes of guest RAM beforehand", map.size());
+    Err(Error::Host { what, source })
 }
 
 #[cfg(test)]
@@ -356,6 +385,25 @@ mod tests {
         assert_eq!(m.harvest(1, &high).unwrap(), 1);
         assert!(low.test(0) && low.test(1) && high.test(1));
         assert_eq!(m.harvest(0, &Bitmap::new(4)).unwrap(), 0);
+    }
+
+    #[test]
+    fn prealloc_touches_every_page() {
+        let backing = Backing { prealloc: true, ..Backing::default() };
+        let m = GuestMemory::new(&[RegionSpec { gpa: 0, size: 0x40000 }], &backing).unwrap();
+        let (file, _) = m.regions()[0].file.clone().unwrap();
+        let blocks = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+        assert_eq!(blocks * 512, 0x40000);
+    }
+
+    #[test]
+    fn huge_pages_that_are_not_there_are_an_error() {
+        // More than any host has free; 2 MiB pages are known to every x86-64 kernel.
+        let kind = crate::BackingKind::Memfd { hugetlb: Some(2 << 20) };
+        let backing = Backing { kind, ..Backing::default() };
+        let new = |size| GuestMemory::new(&[RegionSpec { gpa: 0, size }], &backing);
+        assert!(new(1 << 44).is_err());
+        assert!(new(3 << 20).is_err());
     }
 
     #[test]
