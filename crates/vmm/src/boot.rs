@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use hv::BootEntry;
@@ -15,7 +16,7 @@ use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use mem::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::layout;
+use crate::{elf, layout};
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
@@ -107,14 +108,25 @@ pub fn load(
     gdt(mem)?;
     if is_bzimage(&mut file) {
         bzimage(mem, boot, kernel, file, cmdline, rsdp)
-    } else {
+    } else if elf::is_elf(&mut file) {
         pvh(mem, boot, kernel, file, rsdp)
+    } else {
+        let reason = "it is neither a bzImage nor an ELF file".into();
+        Err(Error::NoKernel { path: kernel.display().to_string(), reason })
     }
+}
+
+/// Checks that the files are there, for a machine that boots from them only when it is reset.
+pub fn check_files(boot: &spec::Boot, kernel: &Path) -> Result<(), Error> {
+    open("kernel", kernel)?;
+    boot.initrd.as_deref().map_or(Ok(()), |initrd| open("initrd", initrd).map(drop))
 }
 
 fn open(what: &'static str, path: &Path) -> Result<File, Error> {
     let named = |source| Error::Open { what, path: path.display().to_string(), source };
-    let file = File::open(path).map_err(named)?;
+    // Non-blocking: a FIFO is refused below instead of being waited for.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let file = file.map_err(named)?;
     if !file.metadata().map_err(named)?.is_file() {
         return Err(named(std::io::Error::other("not a regular file")));
     }
@@ -227,15 +239,26 @@ fn bzimage(
         return Err(Error::TooLarge { what: "kernel", path: path.display().to_string(), size });
     }
     let loaded = BzImage::load(mem.mmap(), Some(start), &mut file, Some(start))
-        .map_err(|e| bad(e.to_string()))?;
+        .map_err(|e| bad(plain(&e)))?;
     let mut header: setup_header =
         loaded.setup_header.ok_or_else(|| bad("it has no setup header".into()))?;
+    // Both in boot.rst, "The Real-Mode Kernel Header"; the last paragraph may be cut short.
+    let protected = u64::from(header.syssize).saturating_sub(1) * 16;
+    if loaded.kernel_end - start.0 < protected {
+        return Err(bad(format!("it is cut off: {size} bytes are fewer than its header says")));
+    }
+    if boot.append.len() > header.cmdline_size as usize && header.cmdline_size != 0 {
+        return Err(Error::CommandLine {
+            len: boot.append.len(),
+            max: header.cmdline_size as usize,
+        });
+    }
     if header.version < 0x020c || header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(bad("it has no 64-bit entry point (boot protocol 2.12)".into()));
     }
     // The kernel unpacks itself to pref_address, init_size bytes: nothing may lie there.
     let pref = header.pref_address;
-    let unpacked = pref.max(start.0) + u64::from(header.init_size);
+    let unpacked = pref.max(start.0).saturating_add(header.init_size.into());
     let floor = unpacked.max(loaded.kernel_end);
     let low = mem.regions().first().map_or(0, |r| r.size);
     if floor > low {
@@ -275,10 +298,19 @@ fn pvh(
     let bad = |reason: String| Error::NoKernel { path: path.display().to_string(), reason };
     file.rewind().map_err(|e| bad(e.to_string()))?;
     let start = Some(GuestAddress(layout::HIGH_RAM_START));
-    let loaded = Elf::load(mem.mmap(), None, &mut file, start).map_err(|e| bad(e.to_string()))?;
+    let ram = |at: u64, len: u64| {
+        let end = at.checked_add(len);
+        at >= layout::HIGH_RAM_START
+            && mem.regions().iter().any(|r| at >= r.gpa && end.is_some_and(|e| e <= r.gpa + r.size))
+    };
+    let segments = elf::segments(&mut file, ram).map_err(bad)?;
+    let loaded = Elf::load(mem.mmap(), None, &mut file, start).map_err(|e| bad(plain(&e)))?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
         return Err(bad("the ELF file has no PVH entry note".into()));
     };
+    if !segments.iter().any(|(at, len)| (*at..at + len).contains(&entry.0)) {
+        return Err(bad(format!("its PVH entry {:#x} is in none of its segments", entry.0)));
+    }
     let (address, bytes) = initrd(mem, boot, loaded.kernel_end, 1 << 32)?;
     let mut info = hvm_start_info {
         magic: PVH_MAGIC,
@@ -304,6 +336,12 @@ fn pvh(
     Ok(BootEntry::Pvh { rip: entry.0, start_info: layout::PVH_START_INFO, gdt: layout::GDT })
 }
 
+/// What the loader says, without the names of its parts before it.
+fn plain(error: &linux_loader::loader::Error) -> String {
+    let text = error.to_string();
+    text.rsplit("Kernel Loader: ").next().unwrap_or(&text).to_owned()
+}
+
 fn put<T: vm_memory::ByteValued>(mem: &GuestMemory, at: u64, value: T) -> Result<(), Error> {
     Ok(mem.write(at, value.as_slice())?)
 }
@@ -312,6 +350,62 @@ fn put<T: vm_memory::ByteValued>(mem: &GuestMemory, at: u64, value: T) -> Result
 mod tests {
     use super::*;
     use mem::{Backing, PAGE_SIZE, RegionSpec};
+
+    /// What is said of a kernel of these bytes, with 16 MiB of RAM.
+    fn load_kernel(name: &str, bytes: &[u8], append: &str) -> Result<BootEntry, Error> {
+        let mem = GuestMemory::new(&[RegionSpec { gpa: 0, size: 16 << 20 }], &Backing::default())
+            .unwrap();
+        let file = std::env::temp_dir().join(format!("tern-{name}-{}", std::process::id()));
+        std::fs::write(&file, bytes).unwrap();
+        let boot = spec::Boot { append: append.into(), ..spec::Boot::default() };
+        let result = load(&mem, &boot, &file, layout::ACPI_TABLES);
+        std::fs::remove_file(&file).unwrap();
+        result
+    }
+
+    /// A bzImage of 4 KiB that may be changed.
+    fn tiny_bzimage(change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+        let mut b = vec![0; 8192];
+        let mut put = |at: usize, bytes: &[u8]| b[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0x1f1, &[7]); // 8 sectors of setup: half of the file
+        put(0x1f4, &(4096u32 / 16).to_le_bytes());
+        put(0x202, &HDRS_MAGIC.to_le_bytes());
+        put(0x206, &0x020fu16.to_le_bytes());
+        put(0x211, &[1]);
+        put(0x214, &0x10_0000u32.to_le_bytes());
+        put(0x236, &XLF_KERNEL_64.to_le_bytes());
+        put(0x238, &2047u32.to_le_bytes());
+        put(0x258, &0x10_0000u64.to_le_bytes());
+        put(0x260, &0x10_0000u32.to_le_bytes());
+        change(&mut b);
+        b
+    }
+
+    #[test]
+    fn bzimages_are_taken_whole_or_not_at_all() {
+        let said = |name, bytes: &[u8], append: &str| {
+            load_kernel(name, bytes, append).map(drop).map_err(|e| e.to_string())
+        };
+        said("bz", &tiny_bzimage(|_| {}), "console=ttyS0").unwrap();
+        let cut = said("bz-cut", &tiny_bzimage(|b| b.truncate(6000)), "").unwrap_err();
+        assert!(cut.contains("cut off"), "{cut}");
+        let long = said("bz-cmd", &tiny_bzimage(|_| {}), &"x".repeat(2048)).unwrap_err();
+        assert!(long.contains("at most 2047"), "{long}");
+        let far = tiny_bzimage(|b| b[0x258..0x260].fill(0xff));
+        assert!(said("bz-far", &far, "").unwrap_err().contains("does not fit"));
+        let neither = said("text", b"hello", "").unwrap_err();
+        assert!(neither.contains("neither a bzImage nor an ELF file"), "{neither}");
+    }
+
+    #[test]
+    fn a_fifo_is_refused_at_once() {
+        let path = std::env::temp_dir().join(format!("tern-fifo-{}", std::process::id()));
+        let status = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
+        assert!(status.success());
+        let error = open("kernel", &path).unwrap_err().to_string();
+        std::fs::remove_file(&path).unwrap();
+        assert!(error.contains("not a regular file"), "{error}");
+    }
 
     #[test]
     fn loads_bytes_over_the_gap_between_regions_or_says_what_is_wrong() {

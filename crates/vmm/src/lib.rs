@@ -15,6 +15,7 @@ mod commands;
 mod cpus;
 mod disks;
 mod driver;
+mod elf;
 mod endpoint;
 mod interrupts;
 mod io;

@@ -39,6 +39,9 @@ impl PowerOn {
             spec.boot.kernel.clone().ok_or(
                 "there is nothing to boot: give -kernel FILE (firmware is not built in yet)",
             )?;
+        if spec.process.incoming.is_some() {
+            boot::check_files(&spec.boot, &kernel).map_err(text)?;
+        }
         let numa_ram = numa_ram(spec);
         let numa_cpus = numa_cpus(spec);
         let tables = acpi::build(&AcpiSpec {
