@@ -3,7 +3,9 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::path::Path;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use crate::runtime_dir;
 
@@ -29,7 +31,7 @@ fn try_launch(mut machine: spec::Machine) -> Result<i32, String> {
         }
     }
     start_log(&process)?;
-    let _pidfile = process.pidfile.as_deref().map(PidFile::write).transpose()?;
+    let _locked = process.pidfile.as_deref().map(write_pidfile).transpose()?;
     // Without its directory the VM runs all the same; only the friendly commands do not find it.
     let _directory = runtime_dir::publish(&mut machine)
         .inspect_err(|e| tracing::warn!("the tern commands will not find this VM: {e}"))
@@ -60,20 +62,43 @@ fn start_log(process: &spec::Process) -> Result<(), String> {
     result.map_err(|e| format!("log: {e}"))
 }
 
-/// A pid file that goes away with the process.
-struct PidFile(std::path::PathBuf);
+/// Where the pid file is that [`write_pidfile`] wrote.
+static PIDFILE: OnceLock<PathBuf> = OnceLock::new();
 
-impl PidFile {
-    fn write(path: &Path) -> Result<Self, String> {
-        let text = format!("{}\n", std::process::id());
-        std::fs::write(path, text).map_err(|e| format!("-pidfile {}: {e}", path.display()))?;
-        Ok(Self(path.to_owned()))
+/// Writes the pid file; it goes away with the process, by whichever way that ends in order. Locked
+/// as long as the file returned is open, so that a second VM is refused.
+#[allow(unsafe_code)]
+fn write_pidfile(path: &Path) -> Result<File, String> {
+    let wrong = |e: std::io::Error| format!("-pidfile {}: {e}", path.display());
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false).mode(0o644);
+    let mut file = options.open(path).map_err(wrong)?;
+    // SAFETY: flock is plain data; all zeroes is a lock of the whole file.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = libc::F_WRLCK as _;
+    lock.l_whence = libc::SEEK_SET as _;
+    // SAFETY: the fd is open and the lock outlives the call, which only reads it.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } < 0 {
+        let e = std::io::Error::last_os_error();
+        return Err(match e.kind() {
+            std::io::ErrorKind::WouldBlock => {
+                format!("-pidfile {}: another running process has it", path.display())
+            }
+            _ => wrong(e),
+        });
     }
+    file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(wrong)?;
+    // A daemon leaves the directory that a relative name is in.
+    if PIDFILE.set(std::path::absolute(path).map_err(wrong)?).is_ok() {
+        // SAFETY: the handler only removes a file.
+        unsafe { libc::atexit(remove_pidfile) };
+    }
+    Ok(file)
 }
 
-impl Drop for PidFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
+extern "C" fn remove_pidfile() {
+    if let Some(path) = PIDFILE.get() {
+        let _ = std::fs::remove_file(path);
     }
 }
 
@@ -130,4 +155,22 @@ fn detach(pipe: OwnedFd) {
     }
     let _ = std::env::set_current_dir("/");
     let _ = File::from(pipe).write_all(b"r");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pid_file_has_one_owner() {
+        let path = std::env::temp_dir().join(format!("tern-pid-{}", std::process::id()));
+        std::fs::write(&path, "1234567890 and more\n").unwrap();
+        let held = write_pidfile(&path).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(text, format!("{}\n", std::process::id()));
+        assert!(write_pidfile(&path).unwrap_err().contains("another running process"));
+        drop(held);
+        write_pidfile(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+    }
 }

@@ -29,7 +29,13 @@ type Outcome = Result<i32, Box<dyn std::error::Error>>;
 
 /// A virtual machine monitor built around live migration.
 #[derive(Parser)]
-#[command(name = "tern", version, max_term_width = 100)]
+#[command(
+    name = "tern",
+    version,
+    max_term_width = 100,
+    after_help = "Example:\n  tern run --name web --kernel bzImage --initrd initrd.img\n  \
+                  tern ps\n\nEach command's --help has more. `tern qemu -help` lists QEMU's options."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -61,11 +67,7 @@ enum Command {
     /// Move a running VM to another process or host
     Migrate(migrate::Args),
     /// Show what this host has of what VMs need
-    Doctor {
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-    },
+    Doctor(doctor::Args),
 }
 
 fn main() {
@@ -112,7 +114,7 @@ fn dispatch(command: Command) -> i32 {
         Command::Stop(args) => stop::run(&args),
         Command::Kill(args) => kill::run(&args),
         Command::Migrate(args) => migrate::run(&args),
-        Command::Doctor { json } => Ok(doctor::run(json)),
+        Command::Doctor(args) => Ok(doctor::run(&args)),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("tern: {error}");

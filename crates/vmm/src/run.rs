@@ -56,6 +56,7 @@ fn try_run(spec: spec::Machine, ready: impl FnOnce()) -> Result<i32, String> {
         requests,
     });
     let _monitors = start_monitors(&spec, &chardevs, &control, &events)?;
+    signals::started();
     start(&control, &spec)?;
     ready();
     let status = driver::drive(machine.as_ref(), &asked, &events, spec.actions);
@@ -77,7 +78,12 @@ fn open_chardevs(
         }));
         all.push(chardev::open(config, options).map_err(|e| e.to_string())?);
     }
-    all.iter().for_each(|c| c.wait_connected());
+    for (chardev, config) in all.iter().zip(&spec.chardevs) {
+        if matches!(config.kind, spec::ChardevKind::Socket { server: true, wait: true, .. }) {
+            eprintln!("tern: info: waiting for a connection on chardev '{}'", chardev.label());
+        }
+        chardev.wait_connected();
+    }
     Ok(all)
 }
 

@@ -1,10 +1,21 @@
-//! Signals that end the process become requests to the life-cycle driver.
+//! Signals that end the process become requests to the life-cycle driver; before there is one, they
+//! end the process at once.
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam_channel::Sender;
 
 use crate::vcpus::Request;
 
 const ENDING: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+
+/// Whether requests are acted on.
+static STARTED: AtomicBool = AtomicBool::new(false);
+
+/// From now on the driver acts on requests.
+pub fn started() {
+    STARTED.store(true, Ordering::SeqCst);
+}
 
 /// Blocks the ending signals for this thread and all that it will start, so that only the thread
 /// of [`watch`] gets them. Call it before any other thread is started.
@@ -27,6 +38,12 @@ pub fn watch(requests: Sender<Request>) -> std::io::Result<()> {
             // SAFETY: both are valid for the call; the signals of the set are blocked.
             #[allow(unsafe_code)]
             let result = unsafe { libc::sigwait(&set, &mut signal) };
+            if result == 0 && !STARTED.load(Ordering::SeqCst) {
+                // Starting may wait for a client, or touch much memory; nothing runs yet that
+                // must be brought to an end.
+                eprintln!("tern: ended by signal {signal} before the machine was up");
+                std::process::exit(1);
+            }
             if result == 0 && requests.send(Request::Signal(signal)).is_err() {
                 return;
             }
