@@ -5,15 +5,13 @@
 //! stored atomically, and bulk I/O gets iovecs.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
-use vm_memory::{
-    ByteValued, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
-};
+use vm_memory::{ByteValued, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::dirty::OwnWrites;
+use crate::mapping::{self, Mapping};
 use crate::{Backing, Error, PAGE_SIZE, Result, backing};
 
 /// One piece of RAM to be made: where it lies for the guest, and in the backing.
@@ -83,6 +81,8 @@ struct Inner {
     mmap: GuestMemoryMmap<()>,
     regions: Vec<Region>,
     own: OwnWrites,
+    /// Last: everything above points into them.
+    _mappings: Vec<Mapping>,
 }
 
 /// The guest's RAM. Cheap to clone: all clones are the same memory. It is also the
@@ -114,9 +114,12 @@ impl GuestMemory {
         let page_size = file.as_deref().map_or(PAGE_SIZE, backing::page_size);
         let mut regions = Vec::new();
         let mut maps = Vec::new();
+        let mut mappings = Vec::new();
         let mut offset = 0;
         for (index, s) in specs.iter().enumerate() {
-            let map = map_region(s, file.as_ref().map(|f| (f, offset)), page_size, backing)?;
+            let part = file.as_ref().map(|f| (f, offset));
+            let (mapping, map) = mapping::map(s, page_size, part, backing)?;
+            mappings.push(mapping);
             regions.push(Region {
                 index,
                 gpa: s.gpa,
@@ -133,7 +136,7 @@ impl GuestMemory {
         }
         let mmap = GuestMemoryMmap::from_regions(maps).map_err(|e| Error::Layout(e.to_string()))?;
         let own = OwnWrites::new(regions.iter().map(Region::pages));
-        Ok(Self(Arc::new(Inner { mmap, regions, own })))
+        Ok(Self(Arc::new(Inner { mmap, regions, own, _mappings: mappings })))
     }
 
     /// The same memory as vm-memory's type, for the loader, vhost and VFIO crates. Writes made
@@ -286,67 +289,6 @@ impl GuestMemory {
         }
         self.ptr(gpa, size)
     }
-}
-
-fn map_region(
-    spec: &RegionSpec,
-    file: Option<(&Arc<File>, u64)>,
-    page_size: u64,
-    backing: &Backing,
-) -> Result<MmapRegion<()>> {
-    if !spec.size.is_multiple_of(page_size) {
-        return Err(Error::Layout(format!(
-            "{:#x} bytes of RAM at {:#x} are not whole huge pages of {page_size:#x} bytes",
-            spec.size, spec.gpa
-        )));
-    }
-    let size = usize::try_from(spec.size).map_err(|e| Error::Layout(e.to_string()))?;
-    // Huge pages are reserved here, where a lack of them is an error; without, the first access to
-    // a missing one would kill the process.
-    let mut flags = if page_size > PAGE_SIZE { 0 } else { libc::MAP_NORESERVE };
-    flags |= if backing.share && file.is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
-    let offset = match file {
-        // A dup of the fd: vm-memory wants to own its File.
-        Some((f, offset)) => {
-            let f =
-                f.try_clone().map_err(|source| Error::Host { what: "RAM's fd".into(), source })?;
-            debug_assert!(f.as_raw_fd() >= 0);
-            Some(FileOffset::new(f, offset))
-        }
-        None => {
-            flags |= libc::MAP_ANONYMOUS;
-            None
-        }
-    };
-    let map = MmapRegion::build(offset, size, libc::PROT_READ | libc::PROT_WRITE, flags).map_err(
-        |e| {
-            let source = match e {
-                vm_memory::mmap::MmapRegionError::Mmap(e) => e,
-                e => std::io::Error::other(e.to_string()),
-            };
-            let hint = if page_size > PAGE_SIZE {
-                format!(" in huge pages of {page_size:#x} bytes (see /proc/sys/vm/nr_hugepages)")
-            } else {
-                String::new()
-            };
-            Error::Host { what: format!("cannot map {size:#x} bytes of guest RAM{hint}"), source }
-        },
-    )?;
-    if backing.prealloc {
-        populate(&map)?;
-    }
-    Ok(map)
-}
-
-/// Touches every page for writing, so that a host without the memory says so now.
-fn populate(map: &MmapRegion<()>) -> Result<()> {
-    // SAFETY: the range is exactly the mapping; the call changes no bytes in it.
-    if unsafe { libc::madvise(map.as_ptr().cast(), map.size(), libc::MADV_POPULATE_WRITE) } == 0 {
-        return Ok(());
-    }
-    let source = std::io::Error::last_os_error();
-    let what = format!("cannot allocate {:#x} bytes of guest RAM beforehand", map.size());
-    Err(Error::Host { what, source })
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ pub mod backing;
 pub mod bitmap;
 pub mod dirty;
 pub mod guest;
+mod mapping;
 
 pub use backing::{Backing, BackingKind};
 pub use bitmap::Bitmap;

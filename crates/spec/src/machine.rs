@@ -402,7 +402,7 @@ pub struct Machine {
     pub smp: Smp,
     /// Bytes of RAM.
     pub memory: u64,
-    /// The backend of all RAM (`-machine memory-backend=`); `None`: a shareable memfd.
+    /// The backend of all RAM (`-machine memory-backend=`); `None`: private memory of the process.
     pub memory_backend: Option<String>,
     pub memory_backends: Vec<MemoryBackend>,
     pub numa: Vec<NumaNode>,

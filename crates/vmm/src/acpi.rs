@@ -17,6 +17,8 @@ pub struct AcpiSpec<'a> {
     pub apic_ids: &'a [u32],
     /// Whether there is ECAM (q35).
     pub pcie: bool,
+    /// PCI buses that the guest may use, from 1: it looks for devices on every one of them.
+    pub buses: u16,
     /// 64-bit PCI window: first address and bytes.
     pub mmio64: (u64, u64),
     /// ISA serial ports present, by index (COM1 is 0).
@@ -42,7 +44,7 @@ pub fn build(spec: &AcpiSpec<'_>) -> Result<Vec<u8>, String> {
     xsdt.add_entry(image.add(&madt(spec.apic_ids)));
     if spec.pcie {
         let mut mcfg = MCFG::new(OEM, TABLE, 1);
-        mcfg.add_ecam(layout::ECAM, 0, 0, 255);
+        mcfg.add_ecam(layout::ECAM, 0, 0, last_bus(spec) as u8);
         xsdt.add_entry(image.add(&mcfg));
     }
     if !spec.numa_ram.is_empty() {
@@ -190,6 +192,11 @@ fn dsdt(spec: &AcpiSpec<'_>) -> Sdt {
     t
 }
 
+/// Number of the last PCI bus.
+fn last_bus(spec: &AcpiSpec<'_>) -> u16 {
+    spec.buses.clamp(1, 256) - 1
+}
+
 fn pci_root(spec: &AcpiSpec<'_>, out: &mut Vec<u8>) {
     let hid = aml::Name::new(
         "_HID".into(),
@@ -208,7 +215,7 @@ fn pci_root(spec: &AcpiSpec<'_>, out: &mut Vec<u8>) {
             None,
         )
     };
-    let buses = aml::AddressSpace::new_bus_number(0u16, 255u16);
+    let buses = aml::AddressSpace::new_bus_number(0u16, last_bus(spec));
     let config_ports = aml::IO::new(0xcf8, 0xcf8, 1, 8);
     let io_low = aml::AddressSpace::new_io(0u16, 0xcf7u16, None);
     let io_high = aml::AddressSpace::new_io(0xd00u16, 0xffffu16, None);
@@ -348,6 +355,7 @@ mod tests {
         let spec = AcpiSpec {
             apic_ids: &apic_ids,
             pcie: true,
+            buses: 4,
             mmio64: (1 << 33, 1 << 35),
             serials: &[0, 1],
             intx_gsi: |slot, pin| 16 + u32::from((slot + pin) % 8),

@@ -47,6 +47,7 @@ impl PowerOn {
         let tables = acpi::build(&AcpiSpec {
             apic_ids: &apic_ids,
             pcie,
+            buses: buses(spec),
             mmio64: (layout::mmio64(spec.memory), layout::PCI_MMIO64_SIZE),
             serials: &serials,
             intx_gsi: |slot, pin| devices::pci::intx_gsi(slot, pin + 1),
@@ -80,6 +81,14 @@ impl PowerOn {
         });
         results.into_iter().collect()
     }
+}
+
+/// PCI buses of the guest: the root bus, and for each root port its own and one for a bridge that is
+/// plugged in there. No more, as a Linux guest reads the slots of all of them one by one at boot.
+fn buses(spec: &spec::Machine) -> u16 {
+    let is_port = |d: &&spec::Device| matches!(d.kind, spec::DeviceKind::PcieRootPort { .. });
+    let ports = spec.devices.iter().filter(is_port).count();
+    u16::try_from(1 + 2 * ports).unwrap_or(256).min(256)
 }
 
 /// RAM by node: (first address, bytes, node). Nodes take RAM in ascending order.
