@@ -4,6 +4,7 @@
 //! harness on the host: it starts VMMs, drives them over QMP, gives them a network, checks what the
 //! guest does, and measures migrations.
 
+pub mod bench;
 mod error;
 pub mod guest;
 pub mod link;

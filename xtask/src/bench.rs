@@ -4,6 +4,7 @@
 pub mod blackout;
 pub mod boot;
 pub mod footprint;
+pub mod guests;
 pub mod load;
 pub mod migrate;
 pub mod peers;
