@@ -350,7 +350,8 @@ fn do_poke(dev: &Arc<VirtioPci>, p: Poke) {
     match p {
         Poke::ConfigRead(o, w) => dev.config_read(o >> w << w, &mut [0; 4][..1 << w]),
         Poke::ConfigWrite(o, w, v) => {
-            if dev.config_write(o >> w << w, &v.to_le_bytes()[..1 << w]) == Effect::Relayout {
+            let effect = dev.config_write(o >> w << w, &v.to_le_bytes()[..1 << w]);
+            if effect == Effect::Relayout {
                 dev.relayout();
             }
         }
