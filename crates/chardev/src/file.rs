@@ -28,9 +28,9 @@ pub(crate) fn open(setup: Setup, path: &Path, append: bool) -> Result<Arc<dyn Ch
     Ok(Arc::new(Pump::start(setup, Box::new(NoMore("file".into())), Some(link))?))
 }
 
-/// Opens the file that gets a copy of all output; begun anew, as `logappend` is off by default.
-pub(crate) fn open_log(id: &str, path: &Path) -> Result<File, Error> {
-    create(path, false).map_err(|source| Error::Open {
+/// Opens the file that gets a copy of all output.
+pub(crate) fn open_log(id: &str, path: &Path, append: bool) -> Result<File, Error> {
+    create(path, append).map_err(|source| Error::Open {
         id: id.into(),
         what: "log file",
         path: path.into(),

@@ -16,7 +16,7 @@ use common::{Recorder, eventually};
 use spec::{ChardevKind, SocketAddress};
 
 fn config(kind: ChardevKind) -> spec::Chardev {
-    spec::Chardev { id: "c0".into(), kind, mux: false, logfile: None }
+    spec::Chardev { id: "c0".into(), kind, mux: false, logfile: None, log_append: false }
 }
 
 fn unix(path: &Path, server: bool, reconnect: u32) -> spec::Chardev {
@@ -57,11 +57,13 @@ fn file_keeps_what_was_written_and_the_log_a_copy() {
     std::fs::write(&path, "old ").unwrap();
     let mut config = config(ChardevKind::File { path: path.clone(), append: true });
     config.logfile = Some(log.clone());
+    config.log_append = true;
+    std::fs::write(&log, "before ").unwrap();
     let file = open(&config);
     assert_eq!(file.write(b"new"), 3);
     file.drain(soon());
     assert_eq!(std::fs::read(&path).unwrap(), b"old new");
-    assert_eq!(std::fs::read(&log).unwrap(), b"new");
+    assert_eq!(std::fs::read(&log).unwrap(), b"before new");
     file.write(b" end");
     drop(file); // Dropping writes out what is queued.
     assert_eq!(std::fs::read(&path).unwrap(), b"old new end");

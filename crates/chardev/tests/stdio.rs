@@ -27,6 +27,7 @@ fn child() {
         kind: spec::ChardevKind::Stdio { signal },
         mux: false,
         logfile: None,
+        log_append: false,
     };
     let stdio = chardev::open(&config, Options::serial()).unwrap();
     let again = chardev::open(&config, Options::serial()).err().unwrap().to_string();

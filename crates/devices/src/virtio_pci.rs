@@ -64,6 +64,8 @@ pub struct VirtioPciConfig {
     pub packed: bool,
     /// It sits behind a PCIe port: 4 KiB of configuration space and an Express capability.
     pub express: bool,
+    /// Features of the device that are not offered.
+    pub without: u64,
 }
 
 /// Most queues: one doorbell each in the notify region.
@@ -106,7 +108,7 @@ impl VirtioPci {
         if config.packed && !has(traits.features, VIRTIO_F_RING_PACKED) {
             return Err(VirtioPciError::NoPacked { name });
         }
-        let mut offered = traits.features | mask(VIRTIO_F_VERSION_1);
+        let mut offered = (traits.features & !config.without) | mask(VIRTIO_F_VERSION_1);
         if !config.packed {
             offered &= !mask(VIRTIO_F_RING_PACKED);
         }

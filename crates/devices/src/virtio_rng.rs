@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -52,8 +53,19 @@ impl VirtioRng {
     /// A sentence that names the file.
     pub fn new(config: RngConfig) -> Result<Self, String> {
         let name = config.filename.display();
-        let source = File::open(&config.filename)
-            .map_err(|e| format!("cannot open '{name}' for random bytes: {e}"))?;
+        // Non-blocking: a FIFO is refused below instead of being waited for.
+        let mut options = File::options();
+        let source = options.read(true).custom_flags(libc::O_NONBLOCK).open(&config.filename);
+        let source = source.map_err(|e| format!("cannot open '{name}' for random bytes: {e}"))?;
+        let kind = source.metadata().map_err(|e| format!("'{name}': {e}"))?.file_type();
+        if !kind.is_char_device() && !kind.is_file() {
+            return Err(format!(
+                "'{name}' gives no random bytes; expected a character device such as /dev/urandom"
+            ));
+        }
+        // From here on a device that has to collect bytes first is waited for.
+        // SAFETY: sets the flags of our own fd.
+        unsafe { libc::fcntl(source.as_raw_fd(), libc::F_SETFL, 0) };
         Ok(Self { config, source: Arc::new(source), events: Events::default(), worker: None })
     }
 }
@@ -215,6 +227,7 @@ mod tests {
         let config =
             |file: &str| RngConfig { name: "rng0".into(), filename: file.into(), packed: false };
         assert!(VirtioRng::new(config("/no/such")).err().is_some_and(|e| e.contains("/no/such")));
+        assert!(VirtioRng::new(config("/")).err().is_some_and(|e| e.contains("no random bytes")));
         let mut rng = VirtioRng::new(config("/dev/urandom")).unwrap();
         let mem = ram(4 << 20);
         let mut ring = DriverRing::new(&mem, 0x1000, QUEUE_SIZE, rng.traits().features);

@@ -223,11 +223,71 @@ fn refusals_name_option_key_and_the_nearest() {
         ("-machine q36", "did you mean 'q35'?"),
         ("-mon chardev=x", "there is no chardev 'x'"),
         ("-daemonize -nographic", "-daemonize: cannot be used"),
+        ("-cpu host,phys-bits=40", "property 'phys-bits' cannot be set"),
+        ("-cpu host,pmu=on", "pmu=on"),
+        ("-incoming fd:3", "'fd:3' is not supported"),
+        ("-d gest_errors", "did you mean 'guest_errors'?"),
+        ("-display none,x=y", "-display: 'none,x=y' is not available"),
+        (
+            "-drive file=a,if=none,id=d,format=raw -device virtio-blk-pci,drive=d,iothread=i",
+            "no -object iothread with id 'i'",
+        ),
+        (
+            "-drive file=a,if=none,id=d,format=raw -device virtio-blk-pci,drive=d,seg-max=8",
+            "parameter 'seg-max' is not supported",
+        ),
+        (
+            "-m 256 -object memory-backend-ram,id=a,size=128M -numa node,memdev=a -numa node,memdev=a",
+            "memory backend a is used twice",
+        ),
+        (
+            "-m 256 -smp 2 -numa node,mem=128M,cpus=0-1 -numa node,mem=128M,cpus=1",
+            "CPU 1 is in two nodes",
+        ),
         ("-runas nobody", "-runas: start the process as that user"),
     ] {
         let message = refused(text);
         assert!(message.contains(expected), "{text}: {message}");
     }
+}
+
+#[test]
+fn what_is_not_done_is_said_once() {
+    for (text, expected) in [
+        ("-smp 2,maxcpus=4", "-smp maxcpus= is ignored"),
+        ("-name a,process=b", "-name process= is ignored"),
+        ("-cpu host,migratable=off", "-cpu migratable=off is ignored"),
+        ("-netdev tap,id=n,script=no", "netdev n has no peer"),
+        ("-nic tap,script=no,sndbuf=0", "-netdev tap sndbuf= is ignored"),
+        ("-object memory-backend-ram,id=m,size=1M", "-object id=m is not used"),
+        ("-drive file=a,if=virtio,format=raw,unit=1", "-drive unit= is ignored"),
+        (
+            "-drive file=a,if=none,id=d,format=raw -device virtio-blk-pci,drive=d,min_io_size=512",
+            "-device virtio-blk-pci min_io_size= is ignored",
+        ),
+    ] {
+        let m = machine(&format!("-nodefaults {text}"));
+        let found = m.warnings.iter().filter(|w| w.contains(expected)).count();
+        assert_eq!((m.warnings.len(), found), (1, 1), "{text}: {:?}", m.warnings);
+    }
+}
+
+#[test]
+fn device_switches_reach_the_device() {
+    let m = machine(
+        "-object iothread,id=io -drive file=a,if=none,id=d,format=raw \
+         -device virtio-blk-pci,drive=d,iothread=io,discard=off,config-wce=off,vectors=0 \
+         -device virtio-rng-pci,vectors=1 -device pcie-root-port,id=p,chassis=1,slot=7 \
+         -chardev null,id=c,logfile=l,logappend=on -cpu qemu64,enforce",
+    );
+    let DeviceKind::VirtioBlk(blk) = &m.devices[0].kind else { panic!() };
+    assert_eq!(
+        (blk.vectors, blk.features["discard"], blk.features["config-wce"]),
+        (Some(0), false, false)
+    );
+    assert!(matches!(m.devices[1].kind, DeviceKind::VirtioRng { vectors: Some(1), .. }));
+    assert!(matches!(m.devices[2].kind, DeviceKind::PcieRootPort { slot: Some(7), .. }));
+    assert!(m.chardevs[0].log_append && m.cpu.features["enforce"]);
 }
 
 #[test]

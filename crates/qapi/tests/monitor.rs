@@ -66,6 +66,7 @@ fn world(hmp: bool) -> World {
         },
         mux: false,
         logfile: None,
+        log_append: false,
     };
     let chardev: Arc<dyn Chardev> = chardev::open(&config, chardev::Options::monitor()).unwrap();
     let events = EventBus::new();

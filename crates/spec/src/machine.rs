@@ -25,13 +25,11 @@ pub struct Cpu {
     pub model: String,
     /// Feature name (QEMU's spelling) and whether it is switched on.
     pub features: BTreeMap<String, bool>,
-    /// Other properties (`migratable=on`).
-    pub properties: BTreeMap<String, String>,
 }
 
 impl Default for Cpu {
     fn default() -> Self {
-        Self { model: "host".into(), features: BTreeMap::new(), properties: BTreeMap::new() }
+        Self { model: "host".into(), features: BTreeMap::new() }
     }
 }
 
@@ -197,10 +195,16 @@ pub enum DeviceKind {
     VirtioRng {
         /// `rng-random` file; default /dev/urandom.
         filename: PathBuf,
+        /// MSI-X vectors; `None`: what the queues need.
+        #[serde(default)]
+        vectors: Option<u16>,
     },
     PcieRootPort {
         port: u8,
         chassis: u8,
+        /// Physical slot number; `None`: the chassis.
+        #[serde(default)]
+        slot: Option<u16>,
     },
     /// A 16550 on the ISA bus.
     IsaSerial {
@@ -263,6 +267,13 @@ pub struct VirtioBlk {
     pub bootindex: Option<i32>,
     /// Another writer may have the image open.
     pub share_rw: bool,
+    /// MSI-X vectors; `None`: what the queues need.
+    #[serde(default)]
+    pub vectors: Option<u16>,
+    /// Feature properties that were given, by QEMU's name ("discard", "config-wce", ...); what is
+    /// not here is on.
+    #[serde(default)]
+    pub features: BTreeMap<String, bool>,
 }
 
 impl Default for VirtioBlk {
@@ -277,6 +288,8 @@ impl Default for VirtioBlk {
             packed: false,
             bootindex: None,
             share_rw: false,
+            vectors: None,
+            features: BTreeMap::new(),
         }
     }
 }
@@ -290,6 +303,9 @@ pub struct Chardev {
     pub mux: bool,
     /// All output is also written to this file.
     pub logfile: Option<PathBuf>,
+    /// It is written on, not anew.
+    #[serde(default)]
+    pub log_append: bool,
 }
 
 /// `-chardev` types that work.

@@ -97,7 +97,7 @@ pub fn machine(args: &Args, name: &str) -> Result<Machine, String> {
     for (i, disk) in args.disk.iter().enumerate() {
         add_disk(&mut machine, i, disk)?;
     }
-    let rng = DeviceKind::VirtioRng { filename: "/dev/urandom".into() };
+    let rng = DeviceKind::VirtioRng { filename: "/dev/urandom".into(), vectors: None };
     machine.devices.push(device("rng0".into(), rng));
     Ok(machine)
 }
@@ -138,7 +138,8 @@ fn add_console(machine: &mut Machine, detach: bool, name: &str) {
         });
         ChardevKind::Stdio { signal: false }
     };
-    machine.chardevs.push(Chardev { id: id.into(), kind, mux: !detach, logfile: None });
+    let (mux, logfile) = (!detach, None);
+    machine.chardevs.push(Chardev { id: id.into(), kind, mux, logfile, log_append: false });
     let serial = DeviceKind::IsaSerial { chardev: id.into(), index: 0 };
     machine.devices.push(device("serial0".into(), serial));
 }

@@ -22,7 +22,7 @@ use qapi::EventBus;
 use spec::{DeviceKind, MachineType};
 use state::{Unit, UnitSet};
 
-use crate::disks::Disk;
+use crate::disks::{self, Disk};
 use crate::interrupts::Interrupts;
 use crate::io::IoSpace;
 use crate::legacy;
@@ -30,7 +30,7 @@ use crate::machine::{Machine, Parts};
 use crate::nics::Nic;
 use crate::power_on::PowerOn;
 use crate::vcpus::{Request, Vcpus};
-use crate::{layout, memory};
+use crate::{features, layout, memory};
 
 /// Builds the machine; nothing runs yet.
 ///
@@ -162,6 +162,7 @@ impl Builder<'_> {
     }
 
     fn devices(&mut self) -> Result<(), String> {
+        disks::check_idle(self.spec)?;
         for (index, device) in self.spec.devices.iter().enumerate() {
             let name =
                 device.id.clone().unwrap_or_else(|| format!("{}.{index}", driver(&device.kind)));
@@ -174,8 +175,8 @@ impl Builder<'_> {
     fn device(&mut self, device: &spec::Device, name: &str) -> Result<(), String> {
         match &device.kind {
             DeviceKind::IsaSerial { .. } => Ok(()), // made with the legacy devices
-            DeviceKind::PcieRootPort { port, chassis } => {
-                let slot = u16::from(*chassis);
+            DeviceKind::PcieRootPort { port, chassis, slot } => {
+                let slot = slot.unwrap_or(u16::from(*chassis));
                 let port = RootPort::new(name, *port, *chassis, slot, self.interrupts.as_ref())?;
                 self.unit(port.clone());
                 self.plug(device, port)
@@ -184,16 +185,29 @@ impl Builder<'_> {
                 let disk = Disk::open(self.spec, blk, name, self.incoming)?;
                 let function = disk.device(blk)?;
                 self.disks.push(disk);
-                self.virtio(device, name, function, None, blk.packed)
+                let config = VirtioPciConfig {
+                    vectors: blk.vectors,
+                    packed: blk.packed,
+                    without: features::blk(blk),
+                    ..VirtioPciConfig::default()
+                };
+                self.virtio(device, name, function, config)
             }
             DeviceKind::VirtioNet(net) => {
                 let (nic, function) = Nic::open(self.spec, net, name)?;
                 self.nics.push(nic);
-                self.virtio(device, name, function, net.vectors, net.packed)
+                let config = VirtioPciConfig {
+                    vectors: net.vectors,
+                    packed: net.packed,
+                    without: features::net(net),
+                    ..VirtioPciConfig::default()
+                };
+                self.virtio(device, name, function, config)
             }
-            DeviceKind::VirtioRng { filename } => {
+            DeviceKind::VirtioRng { filename, vectors } => {
                 let function = crate::nics::rng(name, filename)?;
-                self.virtio(device, name, function, None, false)
+                let config = VirtioPciConfig { vectors: *vectors, ..VirtioPciConfig::default() };
+                self.virtio(device, name, function, config)
             }
         }
     }
@@ -203,8 +217,7 @@ impl Builder<'_> {
         device: &spec::Device,
         name: &str,
         function: Box<dyn virtio::VirtioDevice>,
-        vectors: Option<u16>,
-        packed: bool,
+        config: VirtioPciConfig,
     ) -> Result<(), String> {
         let bus = device.bus.as_deref().unwrap_or(self.root_bus());
         let express = self.pcie && bus != self.root_bus();
@@ -215,7 +228,7 @@ impl Builder<'_> {
         let function = VirtioPci::new(
             name,
             function,
-            VirtioPciConfig { vectors, packed, express },
+            VirtioPciConfig { express, ..config },
             self.interrupts.clone(),
             self.interrupts.clone(),
             Some(self.interrupts.line(gsi)),

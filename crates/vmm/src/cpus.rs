@@ -16,7 +16,9 @@ pub fn create(spec: &spec::Machine, vm: &dyn Vm) -> Result<Created, String> {
         Topology { sockets: smp.sockets, dies: smp.dies, cores: smp.cores, threads: smp.threads };
     let host = vm.supported_cpuid().map_err(|e| e.to_string())?;
     let wrong = |e: cpu::Error| format!("-cpu {}: {e}", spec.cpu.model);
-    for feature in cpu::missing(&host, &spec.cpu.model, &spec.cpu.features).map_err(wrong)? {
+    let check = spec.cpu.features.get("check") != Some(&false);
+    let missing = cpu::missing(&host, &spec.cpu.model, &spec.cpu.features).map_err(wrong)?;
+    for feature in missing.iter().filter(|_| check) {
         eprintln!("tern: warning: host doesn't support requested feature: {feature}");
     }
     let mut vcpus = Vec::new();

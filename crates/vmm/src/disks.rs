@@ -111,6 +111,33 @@ impl Disk {
     }
 }
 
+/// Checks that the images of block nodes that no device uses are there, as it is an error where
+/// they are used.
+///
+/// # Errors
+/// A sentence that names the node and the file.
+pub fn check_idle(spec: &spec::Machine) -> Result<(), String> {
+    let used: Vec<PathBuf> = spec
+        .devices
+        .iter()
+        .filter_map(|d| match &d.kind {
+            spec::DeviceKind::VirtioBlk(blk) => resolve(spec, &blk.drive).ok().map(|c| c.path),
+            _ => None,
+        })
+        .collect();
+    for node in &spec.blocks {
+        let spec::BlockDriver::File { filename } = &node.driver else { continue };
+        if used.contains(filename) {
+            continue;
+        }
+        if let Err(e) = std::fs::metadata(filename) {
+            let path = filename.display();
+            return Err(format!("block node '{}': cannot open '{path}': {e}", node.node_name));
+        }
+    }
+    Ok(())
+}
+
 /// A file and what the nodes above it say.
 struct Chain {
     path: PathBuf,

@@ -17,6 +17,7 @@ mod disks;
 mod driver;
 mod elf;
 mod endpoint;
+mod features;
 mod interrupts;
 mod io;
 mod layout;

@@ -119,6 +119,10 @@ fn refuses_features_that_were_not_offered() {
     let offered = driver.offered();
     assert!(offered & mask(VIRTIO_F_VERSION_1) != 0);
     assert!(offered & mask(VIRTIO_F_RING_PACKED) == 0, "packed=off");
+    let event_idx = mask(VIRTIO_F_EVENT_IDX);
+    assert!(offered & event_idx != 0);
+    let config = VirtioPciConfig { without: event_idx, ..VirtioPciConfig::default() };
+    assert_eq!(function(&host, config).describe().offered, offered & !event_idx);
     for features in [0, offered & !mask(VIRTIO_F_VERSION_1), offered | mask(VIRTIO_F_RING_PACKED)] {
         driver.set_status(0);
         driver.set_status(status::ACKNOWLEDGE | status::DRIVER);

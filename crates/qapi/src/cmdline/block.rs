@@ -97,10 +97,12 @@ impl Builder {
                 return Err(o.error("the default if=ide is not available; add if=virtio").into());
             }
         };
+        let index = o.number::<u32>("index", 0, 255)?;
         let id = match o.id("id")? {
             Some(id) => id,
             None => {
-                let n = self.drives.iter().filter(|d| d.virtio).count();
+                let n = self.drives.iter().filter(|d| d.virtio == virtio).count();
+                let n = index.map_or(n, |index| index as usize);
                 format!("{}{n}", if virtio { "virtio" } else { "none" })
             }
         };
@@ -125,7 +127,9 @@ impl Builder {
                 return Err(o.bad(key, format!("only 'report' is supported, not '{v}'")).into());
             }
         }
-        o.ignore(&["index", "bus", "unit"]);
+        for key in o.ignore(&["bus", "unit"]) {
+            self.warn(format!("{option} {key}= is ignored: each disk has a slot of its own"));
+        }
         self.drive_format(&mut o, &file)?;
         let cache = Cache::read(&mut o)?;
         let file_node = format!("#{id}-file");

@@ -26,9 +26,9 @@ impl Builder {
         let kind = chardev_kind(&mut o, &backend)?;
         let mux = o.flag("mux", false)?;
         let logfile = o.str("logfile").map(Into::into);
-        o.bool("logappend")?;
+        let log_append = o.flag("logappend", false)?;
         o.finish()?;
-        self.add_chardev(option, Chardev { id, kind, mux, logfile })
+        self.add_chardev(option, Chardev { id, kind, mux, logfile, log_append })
     }
 
     fn add_chardev(&mut self, option: &str, chardev: Chardev) -> Taken {
@@ -74,7 +74,8 @@ impl Builder {
             ChardevKind::Stdio { .. } if mux => ChardevKind::Stdio { signal: false },
             kind => kind,
         };
-        self.add_chardev(option, Chardev { id: label.into(), kind, mux, logfile: None })?;
+        let id = label.into();
+        self.add_chardev(option, Chardev { id, kind, mux, logfile: None, log_append: false })?;
         if mux {
             self.add_monitor(label.into(), MonitorMode::Readline, false);
         }

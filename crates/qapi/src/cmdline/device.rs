@@ -24,6 +24,7 @@ pub const HARMLESS_DRIVERS: &[&str] = &[
     "AC97",
     "ES1370",
     "VGA",
+    "bochs-display",
     "cirrus-vga",
     "hda-duplex",
     "hda-micro",
@@ -37,6 +38,8 @@ pub const HARMLESS_DRIVERS: &[&str] = &[
     "nec-usb-xhci",
     "piix3-usb-uhci",
     "qemu-xhci",
+    "qxl",
+    "qxl-vga",
     "usb-ehci",
     "usb-hub",
     "usb-kbd",
@@ -68,6 +71,10 @@ const NET_FEATURES: [&str; 20] = [
     "event_idx",
     "indirect_desc",
 ];
+
+/// Features of virtio-blk that are switches.
+const BLK_FEATURES: [&str; 5] =
+    ["config-wce", "discard", "write-zeroes", "event_idx", "indirect_desc"];
 
 /// A device whose references are checked when all options are read.
 pub(super) struct Pending {
@@ -121,7 +128,7 @@ impl Builder {
         let kind = match driver {
             "isa-serial" => serial(&mut o)?,
             "pcie-root-port" => self.root_port(&mut o)?,
-            "virtio-blk-pci" => blk(&mut o, &mut write_cache)?,
+            "virtio-blk-pci" => self.blk(&mut o, &mut write_cache)?,
             "virtio-net-pci" => self.net_device(&mut o)?,
             _ => self.rng(&mut o)?,
         };
@@ -186,7 +193,7 @@ impl Builder {
     fn root_port(&mut self, o: &mut Opts) -> Result<DeviceKind, CmdlineError> {
         let port = o.number::<u8>("port", 0, 255)?.unwrap_or(0);
         let chassis = o.number::<u8>("chassis", 0, 255)?.unwrap_or(0);
-        o.number::<u16>("slot", 0, 8191)?;
+        let slot = o.number::<u16>("slot", 0, 8191)?;
         for key in ["hotplug", "power_controller_present"] {
             o.on_off_auto(key)?;
         }
@@ -202,7 +209,7 @@ impl Builder {
                 "-device pcie-root-port {key}= is ignored: windows follow the devices"
             ));
         }
-        Ok(DeviceKind::PcieRootPort { port, chassis })
+        Ok(DeviceKind::PcieRootPort { port, chassis, slot })
     }
 
     fn net_device(&mut self, o: &mut Opts) -> Result<DeviceKind, CmdlineError> {
@@ -245,6 +252,76 @@ impl Builder {
         Ok(DeviceKind::VirtioNet(net))
     }
 
+    fn blk(
+        &mut self,
+        o: &mut Opts,
+        write_cache: &mut Option<bool>,
+    ) -> Result<DeviceKind, CmdlineError> {
+        let drive = o.required("drive")?;
+        let serial = o.str("serial").unwrap_or_default();
+        if serial.len() > 20 {
+            return Err(o.bad("serial", "more than 20 bytes"));
+        }
+        *write_cache = o.on_off_auto("write-cache")?;
+        let queue_size = o.number::<u16>("queue-size", 2, 1024)?.unwrap_or(256);
+        if !queue_size.is_power_of_two() {
+            return Err(o.bad("queue-size", "must be a power of two from 2 to 1024"));
+        }
+        let only_size = |o: &mut Opts, key: &str| match o.size(key, 1)? {
+            Some(512) | None => Ok(()),
+            Some(_) => Err(o.bad(key, "only 512 is supported")),
+        };
+        only_size(o, "logical_block_size")?;
+        only_size(o, "physical_block_size")?;
+        let mut features = std::collections::BTreeMap::new();
+        for key in BLK_FEATURES {
+            if let Some(on) = o.bool(key)? {
+                features.insert(key.into(), on);
+            }
+        }
+        if o.flag("scsi", false)? {
+            return Err(o.bad("scsi", "SCSI requests are not available"));
+        }
+        for key in ["seg-max-adjust", "request-merging"] {
+            if o.bool(key)? == Some(false) {
+                self.warn(format!(
+                    "-device virtio-blk-pci {key}=off is ignored: it is always done"
+                ));
+            }
+        }
+        for key in o.ignore(&["discard_granularity", "min_io_size", "opt_io_size"]) {
+            self.warn(format!(
+                "-device virtio-blk-pci {key}= is ignored: it follows from the image"
+            ));
+        }
+        // Each disk has a thread of its own, so that there is one is all that is asked for.
+        if let Some(id) = o.str("iothread").filter(|id| !self.machine.iothreads.contains(id)) {
+            return Err(o.bad(
+                "iothread",
+                format!("there is no -object iothread with id '{id}' before this"),
+            ));
+        }
+        for key in ["werror", "rerror"] {
+            if let Some(v) =
+                o.str(key).filter(|v| !["auto", "report", "enospc"].contains(&v.as_str()))
+            {
+                return Err(o.bad(key, format!("only 'report' is supported, not '{v}'")));
+            }
+        }
+        Ok(DeviceKind::VirtioBlk(VirtioBlk {
+            drive,
+            num_queues: o.number::<u16>("num-queues", 1, 256)?.unwrap_or(1),
+            queue_size,
+            serial,
+            packed: o.flag("packed", false)?,
+            bootindex: bootindex(o)?,
+            share_rw: o.flag("share-rw", false)?,
+            vectors: vectors(o)?,
+            features,
+            ..VirtioBlk::default()
+        }))
+    }
+
     fn rng(&mut self, o: &mut Opts) -> Result<DeviceKind, CmdlineError> {
         let filename = match o.str("rng") {
             None => PathBuf::from("/dev/urandom"),
@@ -255,8 +332,7 @@ impl Builder {
         if o.str("max-bytes").is_some() || o.str("period").is_some() {
             return Err(o.bad("max-bytes", "rate limits are not available"));
         }
-        vectors(o)?;
-        Ok(DeviceKind::VirtioRng { filename })
+        Ok(DeviceKind::VirtioRng { filename, vectors: vectors(o)? })
     }
 }
 
@@ -269,56 +345,6 @@ fn driver(o: &Opts, name: &str) -> Result<&'static str, CmdlineError> {
         DRIVERS.iter().flat_map(|(d, aliases)| [*d].into_iter().chain(aliases.iter().copied()));
     let near = hint(name, known.chain(HARMLESS_DRIVERS.iter().copied()), "");
     Err(o.error(format!("device '{name}' is not supported{near} (-device help lists what is)")))
-}
-
-fn blk(o: &mut Opts, write_cache: &mut Option<bool>) -> Result<DeviceKind, CmdlineError> {
-    let drive = o.required("drive")?;
-    let serial = o.str("serial").unwrap_or_default();
-    if serial.len() > 20 {
-        return Err(o.bad("serial", "more than 20 bytes"));
-    }
-    *write_cache = o.on_off_auto("write-cache")?;
-    let queue_size = o.number::<u16>("queue-size", 2, 1024)?.unwrap_or(256);
-    if !queue_size.is_power_of_two() {
-        return Err(o.bad("queue-size", "must be a power of two from 2 to 1024"));
-    }
-    vectors(o)?;
-    let only_size = |o: &mut Opts, key: &str| match o.size(key, 1)? {
-        Some(512) | None => Ok(()),
-        Some(_) => Err(o.bad(key, "only 512 is supported")),
-    };
-    only_size(o, "logical_block_size")?;
-    only_size(o, "physical_block_size")?;
-    for key in [
-        "scsi",
-        "config-wce",
-        "discard",
-        "write-zeroes",
-        "event_idx",
-        "indirect_desc",
-        "seg-max-adjust",
-        "request-merging",
-    ] {
-        o.bool(key)?;
-    }
-    // Each disk has an I/O thread of its own.
-    o.ignore(&["iothread", "seg-max", "discard_granularity", "min_io_size", "opt_io_size"]);
-    for key in ["werror", "rerror"] {
-        if let Some(v) = o.str(key).filter(|v| !["auto", "report", "enospc"].contains(&v.as_str()))
-        {
-            return Err(o.bad(key, format!("only 'report' is supported, not '{v}'")));
-        }
-    }
-    Ok(DeviceKind::VirtioBlk(VirtioBlk {
-        drive,
-        num_queues: o.number::<u16>("num-queues", 1, 256)?.unwrap_or(1),
-        queue_size,
-        serial,
-        packed: o.flag("packed", false)?,
-        bootindex: bootindex(o)?,
-        share_rw: o.flag("share-rw", false)?,
-        ..VirtioBlk::default()
-    }))
 }
 
 fn serial(o: &mut Opts) -> Result<DeviceKind, CmdlineError> {
@@ -334,7 +360,7 @@ fn serial(o: &mut Opts) -> Result<DeviceKind, CmdlineError> {
 }
 
 fn vectors(o: &mut Opts) -> Result<Option<u16>, CmdlineError> {
-    Ok(o.number::<u16>("vectors", 0, 2048)?.filter(|v| *v != 0))
+    o.number::<u16>("vectors", 0, 2048)
 }
 
 fn bootindex(o: &mut Opts) -> Result<Option<i32>, CmdlineError> {

@@ -160,6 +160,11 @@ impl Builder {
         }
         self.check_buses(&devices)?;
         self.parsed_devices = devices;
+        for id in self.machine.netdevs.iter().map(|n| n.id.clone()).collect::<Vec<_>>() {
+            if !used.contains(&format!("netdev '{id}'")) {
+                self.warn(format!("netdev {id} has no peer"));
+            }
+        }
         Ok(())
     }
 
@@ -336,7 +341,18 @@ impl Builder {
         }
         let mut total = 0u64;
         let mut sizes = Vec::new();
+        let (mut backends, mut cpus): (Vec<&str>, Vec<u32>) = (Vec::new(), Vec::new());
         for node in &m.numa {
+            if let Some(id) = node.memdev.as_deref() {
+                if backends.contains(&id) {
+                    return Err(invalid("-numa", format!("memory backend {id} is used twice")));
+                }
+                backends.push(id);
+            }
+            if let Some(cpu) = node.cpus.iter().find(|cpu| cpus.contains(cpu)) {
+                return Err(invalid("-numa", format!("CPU {cpu} is in two nodes")));
+            }
+            cpus.extend(&node.cpus);
             let size = match &node.memdev {
                 None => node.size,
                 Some(id) => {
@@ -370,6 +386,16 @@ impl Builder {
         }
         for (node, size) in m.numa.iter_mut().zip(sizes) {
             node.size = size;
+        }
+        let in_use = |id: &String| {
+            m.memory_backend.as_ref() == Some(id)
+                || m.numa.iter().any(|n| n.memdev.as_ref() == Some(id))
+        };
+        let idle = m.memory_backends.iter().map(|b| b.id.clone()).find(|id| !in_use(id));
+        if let Some(id) = idle {
+            self.warn(format!(
+                "-object id={id} is not used: -machine memory-backend={id} makes it the RAM"
+            ));
         }
         Ok(())
     }

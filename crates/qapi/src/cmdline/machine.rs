@@ -11,26 +11,22 @@ pub const MAX_CPUS: u64 = 255;
 /// Bytes of RAM that a machine can have (below the smallest physical address width in use).
 const MAX_MEMORY: u64 = 1 << 45;
 
-/// Values of `-cpu` properties that are not features.
-const CPU_PROPERTIES: [&str; 18] = [
-    "migratable",
+/// `-cpu` properties that would change what a guest sees, and that cannot be set.
+const CPU_FIXED: [&str; 14] = [
+    "family",
+    "host-cache-info",
+    "host-phys-bits-limit",
+    "hv-passthrough",
     "level",
-    "xlevel",
     "min-level",
     "min-xlevel",
-    "phys-bits",
-    "host-phys-bits",
-    "host-phys-bits-limit",
-    "vendor",
-    "family",
     "model",
-    "stepping",
     "model-id",
-    "check",
-    "enforce",
+    "phys-bits",
+    "stepping",
     "tsc-frequency",
-    "host-cache-info",
-    "hv-passthrough",
+    "vendor",
+    "xlevel",
 ];
 
 impl Builder {
@@ -122,9 +118,14 @@ impl Builder {
                 _ => (name, None),
             };
             let name = name.replace('_', "-");
-            if CPU_PROPERTIES.contains(&name.as_str()) {
-                cpu.properties.insert(name, text.unwrap_or("on").to_string());
+            // `off` is what these are.
+            let harmless = ["host-cache-info", "hv-passthrough"].contains(&name.as_str())
+                && (on == Some(false) || text.is_some_and(|t| value::switch(t) == Ok(false)));
+            if harmless {
                 continue;
+            }
+            if CPU_FIXED.contains(&name.as_str()) {
+                return Err(invalid(option, format!("property '{name}' cannot be set")));
             }
             let state = match (on, text) {
                 (Some(on), _) => on,
@@ -132,6 +133,15 @@ impl Builder {
                 (None, Some(text)) => value::switch(text)
                     .map_err(|e| invalid(option, format!("parameter '{name}': {e}")))?,
             };
+            match (name.as_str(), state) {
+                ("pmu", true) => {
+                    return Err(invalid(option, "pmu=on: its state cannot be migrated"));
+                }
+                ("migratable", false) => {
+                    self.warn(format!("{option} migratable=off is ignored: every CPU here is"));
+                }
+                _ => {}
+            }
             cpu.features.insert(name, state);
         }
         self.machine.cpu = cpu;
@@ -160,6 +170,9 @@ impl Builder {
         };
         o.finish()?;
         self.machine.smp = given.resolve().map_err(|e| invalid(option, e))?;
+        if self.machine.smp.max_cpus > self.machine.smp.cpus {
+            self.warn(format!("{option} maxcpus= is ignored: there is no vCPU hotplug"));
+        }
         Ok(())
     }
 

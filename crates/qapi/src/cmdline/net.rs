@@ -24,7 +24,7 @@ impl Builder {
         if self.machine.netdevs.iter().any(|n| n.id == id) {
             return Err(o.error(format!("netdev '{id}' was given before")).into());
         }
-        let kind = backend(&mut o, &kind)?;
+        let kind = self.backend(&mut o, &kind)?;
         self.machine.netdevs.push(NetBackend { id, kind });
         Ok(o.finish()?)
     }
@@ -48,7 +48,7 @@ impl Builder {
         } {
             net.mac = mac;
         }
-        let kind = backend(&mut o, &kind)?;
+        let kind = self.backend(&mut o, &kind)?;
         net.mq = match &kind {
             NetKind::Tap { queues, .. } => *queues > 1,
         };
@@ -65,6 +65,14 @@ impl Builder {
                 Err(invalid(option, "only 'none' is supported; use -netdev with -device, or -nic"))
             }
         }
+    }
+
+    fn backend(&mut self, o: &mut Opts, kind: &str) -> Result<NetKind, CmdlineError> {
+        let made = backend(o, kind)?;
+        for key in o.ignore(&["sndbuf", "poll-us"]) {
+            self.warn(format!("-netdev tap {key}= is ignored: it changes nothing here"));
+        }
+        Ok(made)
     }
 
     /// QEMU's range of default addresses: 52:54:00:12:34:56 and up.
@@ -135,6 +143,5 @@ fn tap(o: &mut Opts) -> Result<NetKind, CmdlineError> {
     if !o.flag("vnet_hdr", true)? {
         return Err(o.bad("vnet_hdr", "cannot be switched off"));
     }
-    o.ignore(&["sndbuf", "poll-us"]);
     Ok(NetKind::Tap { ifname, fds, queues, script, downscript, bridge, vhost, vhostfds })
 }

@@ -101,7 +101,7 @@ pub const OPTIONS: &[OptionSpec] = &[
     other("hda", "FILE", NO_DISK_BUS),
     other("hdb", "FILE", NO_DISK_BUS),
     run("help", "", help),
-    run("incoming", "tcp:HOST:PORT|unix:PATH|fd:N|defer", Builder::incoming),
+    run("incoming", "tcp:HOST:PORT|unix:PATH|defer", Builder::incoming),
     run("initrd", "FILE", |b, _, file| {
         b.machine.boot.initrd = Some(file.into());
         Ok(())

@@ -5,7 +5,7 @@ use spec::RtcBase;
 
 use super::keyval::Opts;
 use super::value;
-use super::{Builder, Taken, invalid};
+use super::{Builder, Stop, Taken, invalid};
 
 /// `-global` values that say what is so anyway, or what a guest here cannot see.
 const HARMLESS_GLOBALS: [&str; 5] = [
@@ -14,6 +14,31 @@ const HARMLESS_GLOBALS: [&str; 5] = [
     "ICH9-LPC.disable_s4",
     "PIIX4_PM.disable_s3",
     "PIIX4_PM.disable_s4",
+];
+
+/// What QEMU can log; here they are all one.
+const LOG_ITEMS: [&str; 21] = [
+    "all",
+    "cpu",
+    "cpu_reset",
+    "exec",
+    "fpu",
+    "guest_errors",
+    "in_asm",
+    "int",
+    "mmu",
+    "nochain",
+    "op",
+    "op_ind",
+    "op_opt",
+    "op_plugin",
+    "out_asm",
+    "page",
+    "pcall",
+    "plugin",
+    "strace",
+    "unimp",
+    "vpu",
 ];
 
 impl Builder {
@@ -25,7 +50,9 @@ impl Builder {
         if let Some(on) = o.bool("debug-threads")? {
             self.machine.process.debug_threads = on;
         }
-        o.ignore(&["process"]);
+        if !o.ignore(&["process"]).is_empty() {
+            self.warn(format!("{option} process= is ignored: the process keeps its name"));
+        }
         Ok(o.finish()?)
     }
 
@@ -44,21 +71,31 @@ impl Builder {
         Ok(())
     }
 
-    pub(super) fn log_items(&mut self, _: &str, items: &str) -> Taken {
-        let items = items.split(',').filter(|i| !i.is_empty()).map(str::to_string);
-        self.machine.process.log_items.extend(items);
+    pub(super) fn log_items(&mut self, option: &str, items: &str) -> Taken {
+        for item in items.split(',').filter(|i| !i.is_empty()) {
+            if matches!(item, "help" | "?") {
+                return Err(Stop::Print(format!(
+                    "Log items (comma separated), each of which logs all that there is:\n{}\n\
+                     The environment variable TERN_LOG chooses more finely.\n",
+                    LOG_ITEMS.join("\n")
+                )));
+            }
+            if !LOG_ITEMS.contains(&item) && !item.starts_with("trace:") {
+                let near = super::suggest::hint(item, LOG_ITEMS.into_iter(), "");
+                return Err(invalid(option, format!("there is no log item '{item}'{near}")));
+            }
+            self.machine.process.log_items.push(item.into());
+        }
         Ok(())
     }
 
     pub(super) fn incoming(&mut self, option: &str, uri: &str) -> Taken {
         let good = uri == "defer"
-            || ["tcp:", "unix:", "fd:"]
-                .iter()
-                .any(|p| uri.strip_prefix(p).is_some_and(|r| !r.is_empty()));
+            || ["tcp:", "unix:"].iter().any(|p| uri.strip_prefix(p).is_some_and(|r| !r.is_empty()));
         if !good {
             return Err(invalid(
                 option,
-                format!("'{uri}' is not supported; use tcp:HOST:PORT, unix:PATH, fd:N or defer"),
+                format!("'{uri}' is not supported; use tcp:HOST:PORT, unix:PATH or defer"),
             ));
         }
         self.machine.process.incoming = Some(uri.into());
@@ -166,8 +203,8 @@ impl Builder {
     }
 
     pub(super) fn display(&mut self, option: &str, text: &str) -> Taken {
-        match text.split(',').next() {
-            Some("none") => {
+        match text {
+            "none" => {
                 self.headless = true;
                 Ok(())
             }
