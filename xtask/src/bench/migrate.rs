@@ -24,8 +24,6 @@ const DATA_AT: u64 = 64 << 20;
 const GIB: u64 = 1 << 30;
 /// More of another process's work than this, in processors, and a run is done again.
 const DISTURBED: f64 = 0.1;
-/// Times that a disturbed run is done again.
-const RETRIES: usize = 3;
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// `bench migrate`'s arguments.
@@ -46,6 +44,9 @@ pub struct MigrateArgs {
     /// Seconds that a quiet moment is waited for before each run
     #[arg(long, default_value_t = 30)]
     patience: u64,
+    /// Times that a run which other processes disturbed is done again
+    #[arg(long, default_value_t = 3)]
+    retries: usize,
     /// Another binary of Tern than the one that is built for it
     #[arg(long, value_name = "PATH")]
     tern: Option<PathBuf>,
@@ -114,6 +115,7 @@ struct Setting {
     data: u64,
     dir: PathBuf,
     patience: Duration,
+    retries: usize,
 }
 
 /// A pair of VMMs, ready for `migrate`.
@@ -144,8 +146,8 @@ impl Setting {
         let sparse = File::create(&zero).and_then(|f| f.set_len(data));
         sparse.map_err(|e| format!("{}: {e}", zero.display()))?;
         let kernel = guest::ensure()?.kernel;
-        let patience = Duration::from_secs(args.patience);
-        Ok(Self { tern, qemu: peers::qemu()?, kernel, random, zero, data, dir, patience })
+        let (patience, retries) = (Duration::from_secs(args.patience), args.retries);
+        Ok(Self { tern, qemu: peers::qemu()?, kernel, random, zero, data, dir, patience, retries })
     }
 
     fn vmm(&self, who: Contestant, role: &str, socket: &Path) -> Command {
@@ -267,7 +269,7 @@ impl Setting {
             _ => self.migration(who, data, 0),
         };
         let mut best = once()?;
-        for _ in 0..RETRIES {
+        for _ in 0..self.retries {
             if best.disturbance <= DISTURBED {
                 break;
             }
