@@ -129,6 +129,11 @@ impl Config {
         let qmp = match Client::connect(&dir.join("qmp"), Duration::from_secs(10)) {
             Ok(qmp) => qmp,
             Err(e) => {
+                // A VMM that refuses its options closes its monitor before it ends.
+                let until = Instant::now() + Duration::from_secs(5);
+                while matches!(child.try_wait(), Ok(None)) && Instant::now() < until {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
                 let _ = child.kill();
                 let status = child.wait().map(|s| s.to_string()).unwrap_or_default();
                 eprintln!("{e}");

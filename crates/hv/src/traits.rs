@@ -196,6 +196,11 @@ pub trait Vm: Send + Sync {
     /// PIC, IOAPIC and PIT, as a section called `name`.
     fn save_irqchip(&self, name: &str) -> state::Result<state::Section>;
     fn restore_irqchip(&self, section: &state::Section) -> state::Result<()>;
+    /// Nanoseconds on the guest's clock (kvmclock).
+    fn clock_ns(&self) -> Result<u64>;
+    /// Sets the guest's clock, while all vCPUs stand still: the guest does not see time that
+    /// passed since [`clock_ns`](Self::clock_ns) gave that value.
+    fn set_clock_ns(&self, ns: u64) -> Result<()>;
     /// The guest's clock (kvmclock, with the host's real time at that moment), as a section.
     fn save_clock(&self, name: &str) -> state::Result<state::Section>;
     /// Sets the guest's clock so that it goes on by the real time that passed meanwhile.

@@ -53,6 +53,8 @@ struct Life {
     ran: bool,
     /// What the guest asked for while a migration held the machine still.
     pending: Option<Request>,
+    /// The guest's clock when it was paused: it goes on from there, as QEMU's does.
+    paused_clock: Option<u64>,
     /// Locks were given up for a hand-over.
     locks_released: bool,
 }
@@ -66,6 +68,9 @@ struct MachineState {
     /// 0 nothing, 1 a reset, 2 a power-off that the guest asked for and that was not done yet.
     #[n(1)]
     pending: u8,
+    /// Nanoseconds on the guest's clock when it was paused, if it is.
+    #[n(2)]
+    paused_clock: Option<u64>,
 }
 
 impl SavedState for MachineState {
@@ -109,6 +114,7 @@ impl Machine {
             autostart: !parts.spec.process.paused,
             ran: false,
             pending: None,
+            paused_clock: None,
             locks_released: false,
         };
         let dirty = parts.vm.dirty(&parts.mem);
@@ -143,6 +149,21 @@ impl Machine {
         };
     }
 
+    fn freeze_clock(&self, life: &mut Life) {
+        match self.parts.vm.clock_ns() {
+            Ok(ns) => life.paused_clock = Some(ns),
+            Err(e) => tracing::warn!("the guest will see the pause: {e}"),
+        }
+    }
+
+    fn thaw_clock(&self, life: &mut Life) {
+        if let Some(ns) = life.paused_clock.take()
+            && let Err(e) = self.parts.vm.set_clock_ns(ns)
+        {
+            tracing::warn!("the guest sees the pause: {e}");
+        }
+    }
+
     /// Stops vCPUs, then devices. On an error everything goes on as before.
     fn still(&self, life: &mut Life, deadline: Instant) -> Result<(), String> {
         let was_running = life.state == RunState::Running;
@@ -174,6 +195,7 @@ impl Machine {
         match life.state {
             RunState::Running => Ok(()),
             RunState::Prelaunch | RunState::Paused => {
+                self.thaw_clock(&mut life);
                 self.parts.vcpus.with_all(|_, vcpu| vcpu.notify_paused());
                 self.start(&mut life);
                 self.emit("RESUME", None);
@@ -201,6 +223,7 @@ impl Machine {
         match life.state {
             RunState::Running => {
                 self.still(&mut life, Instant::now() + QUIESCE_TIMEOUT)?;
+                self.freeze_clock(&mut life);
                 life.state = RunState::Paused;
                 self.emit("STOP", None);
             }
@@ -295,7 +318,7 @@ impl Machine {
             Some(Request::Shutdown) => 2,
             _ => 0,
         };
-        let machine = MachineState { running: life.ran, pending };
+        let machine = MachineState { running: life.ran, pending, paused_clock: life.paused_clock };
         let mut sections = vec![Section::encode("machine", &machine).map_err(text)?];
         sections.push(self.parts.vm.save_clock("clock").map_err(text)?);
         for vcpu in self.parts.vcpus.with_all(|i, vcpu| vcpu.save(&format!("vcpu.{i}"))) {
@@ -329,6 +352,7 @@ impl Machine {
         // vCPUs run before the devices do: their BARs and doorbells must be in place by then.
         self.parts.pci.relayout();
         life.ran = machine.running;
+        life.paused_clock = machine.paused_clock;
         life.pending = match machine.pending {
             0 => None,
             1 => Some(Request::Reset),

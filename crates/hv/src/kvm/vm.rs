@@ -382,6 +382,16 @@ impl Vm for KvmVm {
         super::irqchip::restore(&self.shared, section)
     }
 
+    fn clock_ns(&self) -> Result<u64> {
+        let data = self.shared.fd.get_clock().map_err(os("cannot read the guest's clock"))?;
+        Ok(data.clock)
+    }
+
+    fn set_clock_ns(&self, ns: u64) -> Result<()> {
+        let data = kvm_bindings::kvm_clock_data { clock: ns, ..Default::default() };
+        self.shared.fd.set_clock(&data).map_err(os("cannot set the guest's clock"))
+    }
+
     fn save_clock(&self, name: &str) -> state::Result<state::Section> {
         super::clock::save(&self.shared, name)
     }
