@@ -14,7 +14,7 @@ use e2e::migration::{self, Report as Migration};
 use e2e::network::{self, Network, Tap};
 use e2e::ping::Pinger;
 use e2e::report::{self, Report, Row};
-use e2e::vmm::{Config, MAC_BYTES, Vmm};
+use e2e::vmm::{Config, Vmm};
 use e2e::{Error, Result, svg};
 use serde_json::json;
 
@@ -69,7 +69,8 @@ struct Demo<'a> {
 /// A VMM with its tap; the VMM goes first.
 struct Place {
     vmm: Vmm,
-    tap: Tap,
+    /// Goes away with the place, after the VMM.
+    _tap: Tap,
 }
 
 impl Demo<'_> {
@@ -95,7 +96,7 @@ impl Demo<'_> {
             extra: Vec::new(),
         };
         let tap = self.network.tap()?;
-        Ok(Place { vmm: config.start(self.dir, Some(&tap))?, tap })
+        Ok(Place { vmm: config.start(self.dir, Some(&tap))?, _tap: tap })
     }
 
     /// Moves the guest to a new VMM.
