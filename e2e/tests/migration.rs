@@ -8,13 +8,14 @@ use e2e::link::{Control, Stream};
 use e2e::migration::migrate;
 use e2e::network::{self, Tap};
 use e2e::testbed::{BOOT, Bed, is_tern};
-use e2e::vmm::{Config, MAC_BYTES, Vmm};
+use e2e::vmm::{Config, Vmm};
 use serde_json::{Value, json};
 
 /// A guest at work, and connections to it.
 struct Working {
     vm: Vmm,
-    tap: Tap,
+    /// Goes away after the VMM.
+    _tap: Tap,
     config: Config,
     guest: Control,
     stream: Stream,
@@ -26,7 +27,7 @@ fn working(bed: &mut Bed) -> Working {
     vm.wait_ready(BOOT).unwrap();
     let guest = Control::connect(network::GUEST).unwrap();
     let stream = Stream::start(network::GUEST, 512).unwrap();
-    Working { vm, tap, config, guest, stream }
+    Working { vm, _tap: tap, config, guest, stream }
 }
 
 /// A second VMM of the same configuration that waits for a migration at `uri`.
