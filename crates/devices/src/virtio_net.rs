@@ -18,6 +18,7 @@ mod shared;
 #[cfg(test)]
 mod tests;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -234,6 +235,63 @@ impl VirtioDevice for VirtioNet {
             tracing::error!("{e}");
         }
         pos
+    }
+
+    fn start_queues(&mut self, queues: Vec<(QueueIndex, RingSetup)>) -> Vec<Result<(), String>> {
+        let name = self.config.name.clone();
+        let pairs: BTreeSet<_> =
+            queues.iter().filter_map(|(index, _)| Some(self.role(*index)?.0)).collect();
+        let mut halted: BTreeMap<_, _> =
+            pairs.into_iter().filter_map(|pair| Some((pair, self.halt(pair)?))).collect();
+        let mut results = Vec::with_capacity(queues.len());
+        let mut started = Vec::new();
+        for (index, ring) in queues {
+            let start = || {
+                let (pair, role) =
+                    self.role(index).ok_or(format!("{name} has no queue {index}"))?;
+                let queue =
+                    Queue::new(ring).map_err(|e| format!("queue {index} of {name}: {e}"))?;
+                let worker =
+                    halted.get_mut(&pair).ok_or(format!("queue {index} of {name} is lost"))?;
+                worker
+                    .start(role, queue)
+                    .map_err(|()| format!("queue {index} of {name} runs already"))?;
+                Ok(pair)
+            };
+            let result: Result<usize, String> = start();
+            started.push(result.as_ref().ok().copied());
+            results.push(result.map(drop));
+        }
+        for (pair, worker) in halted {
+            if let Err(e) = self.resume(pair, worker) {
+                let of_pair = started.iter().zip(&mut results).filter(|(p, _)| **p == Some(pair));
+                of_pair.for_each(|(_, result)| *result = Err(e.clone()));
+            }
+        }
+        results
+    }
+
+    fn stop_queues(&mut self, queues: &[QueueIndex]) -> Vec<Option<RingPos>> {
+        let mut halted = BTreeMap::new();
+        let mut positions = Vec::with_capacity(queues.len());
+        for index in queues {
+            let Some((pair, role)) = self.role(*index) else {
+                positions.push(None);
+                continue;
+            };
+            if !halted.contains_key(&pair)
+                && let Some(worker) = self.halt(pair)
+            {
+                halted.insert(pair, worker);
+            }
+            positions.push(halted.get_mut(&pair).and_then(|w| w.stop(role)));
+        }
+        for (pair, worker) in halted {
+            if let Err(e) = self.resume(pair, worker) {
+                tracing::error!("{e}");
+            }
+        }
+        positions
     }
 
     fn reset(&mut self) {

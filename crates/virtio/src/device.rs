@@ -89,6 +89,16 @@ pub trait VirtioDevice: Send {
     /// Takes queue `index` back. Returns with nothing in flight: every descriptor taken is used.
     /// `None` if it was not started.
     fn stop_queue(&mut self, index: QueueIndex) -> Option<RingPos>;
+    /// Hands several queues over at once, as [`start_queue`](Self::start_queue) does one; the
+    /// results are in the same order. For devices that one thread serves, which then starts once.
+    fn start_queues(&mut self, queues: Vec<(QueueIndex, RingSetup)>) -> Vec<Result<(), String>> {
+        queues.into_iter().map(|(index, ring)| self.start_queue(index, ring)).collect()
+    }
+    /// Takes several queues back at once, as [`stop_queue`](Self::stop_queue) does one; the
+    /// positions are in the same order.
+    fn stop_queues(&mut self, queues: &[QueueIndex]) -> Vec<Option<RingPos>> {
+        queues.iter().map(|index| self.stop_queue(*index)).collect()
+    }
     /// Device reset: as after power-on. All queues were stopped before.
     fn reset(&mut self);
     /// Device state apart from the transport's (features, rings), as (kind, version).

@@ -270,14 +270,25 @@ impl Core {
 
     /// Starts every queue that is to run and does not, as long as nothing is broken.
     pub fn start_queues(&mut self) {
+        let mut due = Vec::new();
         for i in 0..self.queues.len() {
             let q = &self.queues[i];
             if q.started || !q.enabled || self.paused || !self.is_live() {
                 continue;
             }
-            match self.start_queue(i) {
-                Ok(()) => self.queues[i].started = true,
+            match self.checked_setup(i) {
+                Ok(setup) => due.push((i, setup)),
                 Err(reason) => self.shared.needs_reset(&format!("queue {i}: {reason}")),
+            }
+        }
+        // A queue that is broken stops all of them.
+        if !due.is_empty() && self.is_live() {
+            let queues: Vec<_> = due.iter().map(|(i, _)| *i).collect();
+            for (i, result) in queues.into_iter().zip(self.device.start_queues(due)) {
+                match result {
+                    Ok(()) => self.queues[i].started = true,
+                    Err(reason) => self.shared.needs_reset(&format!("queue {i}: {reason}")),
+                }
             }
         }
         self.sync_doorbells();
@@ -287,11 +298,11 @@ impl Core {
         self.shared.has_status(status::DRIVER_OK) && !self.shared.has_status(status::NEEDS_RESET)
     }
 
-    fn start_queue(&mut self, i: usize) -> Result<(), String> {
+    /// Queue `i`, whose ring was looked at: also for devices that hand it on without.
+    fn checked_setup(&self, i: usize) -> Result<RingSetup, String> {
         let setup = self.ring_setup(i)?;
-        // Also for devices that hand the ring on without looking at it.
         Ring::new(&setup).map_err(|e| e.to_string())?;
-        self.device.start_queue(i, setup)
+        Ok(setup)
     }
 
     /// Queue `i` as the driver set it up.
@@ -313,10 +324,14 @@ impl Core {
 
     /// Stops every queue and keeps where it stood.
     pub fn stop_queues(&mut self) {
-        for (i, q) in self.queues.iter_mut().enumerate() {
-            if std::mem::take(&mut q.started) {
-                q.pos = self.device.stop_queue(i).or(q.pos);
-            }
+        let running: Vec<_> = (0..self.queues.len()).filter(|i| self.queues[*i].started).collect();
+        if running.is_empty() {
+            return;
+        }
+        for (i, pos) in running.iter().zip(self.device.stop_queues(&running)) {
+            let q = &mut self.queues[*i];
+            q.started = false;
+            q.pos = pos.or(q.pos);
         }
     }
 
