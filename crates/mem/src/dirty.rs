@@ -18,6 +18,11 @@ pub trait DirtySource: Send + Sync {
     /// page, as long as the region) and begins to record those pages anew. Returns the number of
     /// bits that were newly set in `pending`.
     fn harvest(&self, region: usize, pending: &Bitmap) -> Result<u64>;
+    /// As [`harvest`](Self::harvest), while nothing can change memory any more until
+    /// [`stop`](Self::stop): need not begin to record anew.
+    fn harvest_last(&self, region: usize, pending: &Bitmap) -> Result<u64> {
+        self.harvest(region, pending)
+    }
     /// Ends recording; what was recorded and not harvested is forgotten.
     fn stop(&self) -> Result<()>;
 }

@@ -6,7 +6,7 @@
 //! connects and stays silent disturbs nobody; `mig-control` and `mig-ram.N` read.
 
 use std::collections::VecDeque;
-use std::io::Write;
+use std::io::{BufReader, Write};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -356,8 +356,9 @@ impl Driver {
         self.epoch += 1;
         let (epoch, tx) = (self.epoch, self.tx.clone());
         let read = move || {
+            let mut from = BufReader::with_capacity(64 << 10, &*channel);
             loop {
-                let msg = match Msg::read(&mut &*channel) {
+                let msg = match Msg::read(&mut from) {
                     Ok(Some(m)) => Ok(m),
                     Ok(None) => Err(Error::Lost("the source closed the connection".into())),
                     Err(e) => Err(e),

@@ -64,11 +64,27 @@ impl Pending {
     /// # Errors
     /// A sentence that names the source.
     pub fn harvest(&self, sources: &[Arc<dyn DirtySource>]) -> Result<u64, String> {
+        self.read(sources, |source, i, pending| source.harvest(i, pending))
+    }
+
+    /// The same, while the guest stands still and will not go on before the sources are stopped or
+    /// the whole of memory is sent anew.
+    ///
+    /// # Errors
+    /// A sentence that names the source.
+    pub fn harvest_last(&self, sources: &[Arc<dyn DirtySource>]) -> Result<u64, String> {
+        self.read(sources, |source, i, pending| source.harvest_last(i, pending))
+    }
+
+    fn read(
+        &self,
+        sources: &[Arc<dyn DirtySource>],
+        harvest: impl Fn(&dyn DirtySource, usize, &Bitmap) -> mem::Result<u64>,
+    ) -> Result<u64, String> {
         let mut new = 0;
         for source in sources {
             for (i, r) in self.regions.iter().enumerate() {
-                new += source
-                    .harvest(i, &r.pending)
+                new += harvest(source.as_ref(), i, &r.pending)
                     .map_err(|e| format!("cannot read the dirty log of {}: {e}", source.name()))?;
             }
         }

@@ -6,7 +6,7 @@
 //! the migration's queue, and ends connections, so nothing that a monitor calls blocks.
 
 use std::collections::VecDeque;
-use std::io::Write;
+use std::io::{BufReader, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
@@ -299,8 +299,9 @@ impl Driver {
         self.epoch += 1;
         let (epoch, tx) = (self.epoch, self.tx.clone());
         let read = move || {
+            let mut from = BufReader::new(&*control);
             loop {
-                let msg = match Msg::read(&mut &*control) {
+                let msg = match Msg::read(&mut from) {
                     Ok(Some(m)) => Ok(m),
                     Ok(None) => Err(Error::Lost("the destination closed the connection".into())),
                     Err(e) => Err(e),
@@ -331,8 +332,21 @@ impl Driver {
             if !outputs.is_empty() {
                 since = Instant::now();
             }
-            for output in outputs {
-                self.perform(output);
+            let mut outputs = outputs.into_iter().peekable();
+            while let Some(output) = outputs.next() {
+                let Output::Send(msg) = output else {
+                    self.perform(output);
+                    continue;
+                };
+                // What is sent together goes out in one write: the device state is many messages.
+                let mut msgs = vec![msg];
+                while let Some(Output::Send(_)) = outputs.peek() {
+                    if let Some(Output::Send(msg)) = outputs.next() {
+                        msgs.push(msg);
+                    }
+                }
+                let lost = self.send(&msgs);
+                self.inputs.extend(lost);
             }
         }
     }
@@ -415,7 +429,7 @@ impl Driver {
 
     fn perform(&mut self, output: Output) {
         let input = match output {
-            Output::Send(msg) => self.send(&msg),
+            Output::Send(msg) => self.send(&[msg]),
             Output::OpenRam => Some(match self.open_ram() {
                 Ok(()) => Input::RamUp,
                 Err(e) => Input::RamLost(e),
@@ -478,7 +492,7 @@ impl Driver {
             self.inner.shared.stats.slow.lock().late_frames = Some(sent);
             for batch in batches(frames) {
                 // The guest has moved; a frame that cannot follow is lost as on any network.
-                if self.send(&Msg::Frames(batch)).is_some() {
+                if self.send(&[Msg::Frames(batch)]).is_some() {
                     return;
                 }
             }
@@ -489,13 +503,14 @@ impl Driver {
         }
     }
 
-    fn send(&mut self, msg: &Msg) -> Option<Input> {
-        if *msg == Msg::Go {
+    fn send(&mut self, msgs: &[Msg]) -> Option<Input> {
+        if msgs.contains(&Msg::Go) {
             self.inner.past_go.store(true, Ordering::Release);
         }
         let control = self.inner.control.lock().clone()?;
-        let written = msg.encode().and_then(|frame| {
-            (&*control).write_all(&frame).map_err(|e| {
+        let frames = msgs.iter().map(Msg::encode).collect::<Result<Vec<_>>>();
+        let written = frames.and_then(|frames| {
+            (&*control).write_all(&frames.concat()).map_err(|e| {
                 Error::Lost(format!("the migration's control connection was lost: {e}"))
             })
         });
@@ -538,7 +553,7 @@ impl Driver {
 
     fn begin_round(&mut self, number: u64, last: bool) -> Option<Input> {
         let shared = &self.inner.shared;
-        if last && let Err(e) = shared.pending.harvest(&self.sources) {
+        if last && let Err(e) = shared.pending.harvest_last(&self.sources) {
             return Some(Input::MachineFailed(e));
         }
         let stats = &shared.stats;

@@ -52,6 +52,22 @@ impl DirtySource for KvmDirty {
     }
 
     fn harvest(&self, region: usize, pending: &Bitmap) -> mem::Result<u64> {
+        self.read(region, pending, self.vm.manual_clear)
+    }
+
+    fn harvest_last(&self, region: usize, pending: &Bitmap) -> mem::Result<u64> {
+        // Nothing runs: write-protecting pages would only cost time.
+        self.read(region, pending, false)
+    }
+
+    fn stop(&self) -> mem::Result<()> {
+        self.set_logging(false)
+    }
+}
+
+impl KvmDirty {
+    /// ORs the log of a region into `pending`; `clear`: and clears it by a call of its own.
+    fn read(&self, region: usize, pending: &Bitmap, clear: bool) -> mem::Result<u64> {
         let Some(r) = self.mem.regions().get(region) else {
             return Err(mem::Error::Layout(format!("there is no memory region {region}")));
         };
@@ -64,18 +80,12 @@ impl DirtySource for KvmDirty {
             .map_err(|e| host(format!("cannot read KVM's dirty log of memory slot {slot}"), e))?;
         // Into `pending` first: should clearing fail, a page is sent too often, never too rarely.
         let fresh = buffer.iter().enumerate().map(|(i, w)| pending.or_word(i, *w)).sum();
-        if self.vm.manual_clear {
+        if clear {
             self.clear(slot, r.pages(), &buffer)?;
         }
         Ok(fresh)
     }
 
-    fn stop(&self) -> mem::Result<()> {
-        self.set_logging(false)
-    }
-}
-
-impl KvmDirty {
     /// Clears what `log` holds, skipping chunks without a dirty page.
     fn clear(&self, slot: u32, pages: u64, log: &[u64]) -> mem::Result<()> {
         for (first, count) in chunks(pages, log) {
