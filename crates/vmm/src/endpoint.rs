@@ -95,7 +95,7 @@ impl Endpoint for MachineEndpoint {
     }
 
     fn prepare(&self) -> Result<(), String> {
-        Ok(())
+        self.0.rehearse()
     }
 
     fn load(&self, sections: Sections) -> Result<(), String> {

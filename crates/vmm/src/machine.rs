@@ -19,7 +19,7 @@ use devices::acpi_pm::AcpiPm;
 use devices::pci::PciDevice;
 use devices::pci::root::PciRoot;
 use devices::virtio_pci::VirtioPci;
-use hv::{CpuidEntry, Vm};
+use hv::{CpuidEntry, Vcpu, Vm};
 use mem::{DirtySource, GuestMemory};
 use migrate::LateFrame;
 use minicbor::{Decode, Encode};
@@ -329,6 +329,14 @@ impl Machine {
         Ok(Sections(sections))
     }
 
+    /// Destination, before anything is received: saves this machine's state and takes it over
+    /// again. Whether that works is known then, and the code and kernel data that the real one goes
+    /// through, while the guest waits, are in memory.
+    pub fn rehearse(&self) -> Result<(), String> {
+        let sections = self.save()?;
+        self.load(sections)
+    }
+
     /// Takes over the state of `sections`, all of it, and nothing may be left over.
     pub fn load(&self, mut sections: Sections) -> Result<(), String> {
         let mut life = self.life.lock();
@@ -342,8 +350,16 @@ impl Machine {
             .map_err(text)?;
         let irqchip = sections.take("irqchip").map_err(text)?;
         self.parts.vm.restore_irqchip(&irqchip).map_err(text)?;
-        for result in self.parts.vcpus.with_all(move |i, vcpu| vcpu.restore(&vcpus[i])) {
-            result.map_err(text)?;
+        let running = machine.running;
+        let restore = move |i: usize, vcpu: &mut dyn Vcpu| {
+            vcpu.restore(&vcpus[i])?;
+            if running {
+                vcpu.notify_paused();
+            }
+            Ok(())
+        };
+        for result in self.parts.vcpus.with_all(restore) {
+            result.map_err(|e: state::Error| text(e))?;
         }
         match &mut life.units {
             Some(Units::Quiesced(units)) => units.restore(sections).map_err(text)?,
@@ -412,7 +428,6 @@ impl Machine {
     pub fn run_held(&self) {
         let life = self.life.lock();
         if life.ran && life.autostart {
-            self.parts.vcpus.with_all(|_, vcpu| vcpu.notify_paused());
             self.parts.vcpus.run();
         }
     }
