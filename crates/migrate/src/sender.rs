@@ -129,6 +129,8 @@ impl<'a> Sender<'a> {
     }
 
     fn is_zero(&self, page: u32) -> bool {
+        let ahead = self.address(page).wrapping_add(zero::AHEAD * PAGE_SIZE as usize);
+        zero::prefetch(ahead);
         // SAFETY: the in-flight map has no bits past the region's end, so the page is mapped RAM.
         unsafe { zero::is_zero(self.address(page)) }
     }

@@ -3,6 +3,22 @@
 
 use mem::PAGE_SIZE;
 
+/// How many pages before it is looked at a page is fetched, so that many waits for memory overlap.
+pub const AHEAD: usize = 16;
+
+/// Fetches the first word that [`is_zero`] looks at. Any address will do; a wrong one is no harm.
+#[inline]
+pub fn prefetch(page: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint, which never faults.
+        unsafe { _mm_prefetch(page.cast(), _MM_HINT_T0) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = page;
+}
+
 /// Whether the page at `page` holds only zeroes. The guest may write it meanwhile: then either
 /// answer is right, for the page is dirty and comes again.
 ///
