@@ -216,6 +216,8 @@ pub struct VirtioPciInfo {
     pub offered: u64,
     pub negotiated: u64,
     pub msix: bool,
+    /// MSI-X vectors that there are.
+    pub vectors: usize,
     pub queues: Vec<QueueInfo>,
 }
 

@@ -142,6 +142,7 @@ impl MachineEndpoint {
             let sizes: Vec<_> = info.queues.iter().map(|q| q.size.to_string()).collect();
             all.push(("features".into(), format!("{:#x}", info.offered)));
             all.push(("queues".into(), sizes.len().to_string()));
+            all.push(("MSI-X vectors".into(), info.vectors.to_string()));
         }
         all
     }

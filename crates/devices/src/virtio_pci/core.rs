@@ -410,6 +410,7 @@ impl Core {
             offered: self.offered,
             negotiated: self.negotiated(),
             msix: s.msix.as_ref().is_some_and(|m| m.enabled()),
+            vectors: s.msix.as_ref().map_or(0, |m| m.len()),
             queues: queues.collect(),
         }
     }

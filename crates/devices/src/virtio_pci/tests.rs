@@ -84,6 +84,7 @@ fn echoes_by_msix_and_doorbell() {
 fn falls_back_to_intx_and_slow_kicks() {
     let host = Host::new();
     let dev = function(&host, VirtioPciConfig { vectors: Some(0), ..Default::default() });
+    assert_eq!(dev.describe().vectors, 0);
     let mut driver = FakeDriver::new(&host, &dev);
     host.refuse_doorbells();
     driver.set_up(false);
