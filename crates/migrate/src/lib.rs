@@ -14,6 +14,7 @@
 //! `session` (the protocol with no socket, clock or thread), `channel` (sockets), `sender` and
 //! `receiver` (RAM streams), `stats`.
 
+mod ahead;
 mod channel;
 pub mod dest;
 pub mod endpoint;

@@ -9,11 +9,15 @@ use std::io::{self, Read};
 
 use mem::{Bitmap, GuestMemory, PAGE_SIZE, Region};
 
+use crate::ahead::{Ahead, populate};
 use crate::channel::Channel;
 use crate::populated::populated;
 use crate::ram::{self, Kind, Run};
 use crate::stats::Counters;
 use crate::{Error, Result, zero};
+
+/// Pages of data in a row after which more are expected to follow.
+const DENSE: u64 = 64;
 
 /// A stream of RAM frames.
 pub trait Stream {
@@ -109,6 +113,7 @@ impl Receiver {
         let mut table = vec![0; ram::MAX_RUNS * ram::RUN];
         let mut runs = Vec::with_capacity(ram::MAX_RUNS);
         let mut iov = Vec::with_capacity(ram::MAX_RUNS);
+        let mut ahead = Ahead::new(&self.memory);
         let mut round = 0;
         for sequence in 0.. {
             stream.read_all(&mut head).map_err(lost)?;
@@ -122,7 +127,7 @@ impl Receiver {
                         return Err(Error::Protocol(format!("memory region {region} of {have}")));
                     };
                     ram::table(&head, table, data, r.pages(), &mut runs)?;
-                    self.place(r, &runs, &mut iov);
+                    self.place(r, &runs, &mut iov, &mut ahead);
                     // SAFETY: `place` made the iovecs of runs that lie in the region, whose
                     // mapping self.memory keeps.
                     unsafe { stream.readv_all(&mut iov) }.map_err(lost)?;
@@ -147,7 +152,7 @@ impl Receiver {
     }
 
     /// Zeroes the zero runs, and makes iovecs of the others.
-    fn place(&self, region: &Region, runs: &[Run], iov: &mut Vec<libc::iovec>) {
+    fn place(&self, region: &Region, runs: &[Run], iov: &mut Vec<libc::iovec>, ahead: &mut Ahead) {
         iov.clear();
         let target = &self.targets[region.index];
         for run in runs {
@@ -162,6 +167,9 @@ impl Receiver {
             if let Some(touched) = &target.touched
                 && words(touched, first, count).any(|(_, mask, word)| word & mask != mask)
             {
+                if count >= DENSE {
+                    ahead.follows(region, first, first + count);
+                }
                 populate(host, len);
                 touched.set_range(first, count);
             }
@@ -204,13 +212,6 @@ fn zero_run(region: &Region, target: &Target, first: u64, count: u64) {
             }
         }
     }
-}
-
-/// Faults pages in at once, which is cheaper than one by one in the read. A host that cannot does
-/// it one by one.
-fn populate(host: usize, len: usize) {
-    // SAFETY: the range is mapped guest memory; this only allocates its pages.
-    unsafe { libc::madvise(host as *mut libc::c_void, len, libc::MADV_POPULATE_WRITE) };
 }
 
 #[cfg(test)]
