@@ -231,6 +231,7 @@ struct Driver {
     moments: Moments,
     phases: DowntimePhases,
     first_loss: Option<Instant>,
+    reconnects: u32,
     resume_failed: Option<String>,
     result: Option<Result<()>>,
 }
@@ -283,6 +284,7 @@ impl Driver {
             moments: Moments::default(),
             phases: DowntimePhases::default(),
             first_loss: None,
+            reconnects: 0,
             resume_failed: None,
             result: None,
             inner: inner.clone(),
@@ -665,6 +667,8 @@ impl Driver {
         }
         let first = *self.first_loss.get_or_insert_with(Instant::now);
         let deadline = first + RESOLVE_PATIENCE;
+        std::thread::sleep(pause_before(self.reconnects));
+        self.reconnects += 1;
         tracing::warn!("connection lost at the hand-over; asking {} how it stands", self.address);
         while Instant::now() < deadline {
             match channel::connect_to(&self.address, deadline, &|| false) {
@@ -706,6 +710,16 @@ impl Driver {
 
     fn past_go(&self) -> bool {
         self.inner.past_go.load(Ordering::Acquire)
+    }
+}
+
+/// How long to wait before asking anew for the `nth` time (from 0). A path that takes connections
+/// and closes them at once, as a forwarder with a dead other end does, must not use up all tries
+/// within milliseconds: the losses that the session bears last about as long as its patience.
+fn pause_before(nth: u32) -> Duration {
+    match nth {
+        0 => Duration::ZERO,
+        n => Duration::from_millis(50) * (1 << (n - 1).min(4)),
     }
 }
 

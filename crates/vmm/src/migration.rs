@@ -35,14 +35,15 @@ pub struct Migration {
     machine: Arc<Machine>,
     limits: Arc<migrate::Parameters>,
     state: Mutex<State>,
-    told: Arc<Told>,
+    /// The `events` capability.
+    wanted: Arc<AtomicBool>,
 }
 
-/// Where the engine's events go.
+/// Where the engine's events of one migration go.
 struct Told {
     events: EventBus,
-    /// The `events` capability.
-    wanted: AtomicBool,
+    wanted: Arc<AtomicBool>,
+    /// Whether it is one into this process. A guest that came in earlier may go out again.
     incoming: bool,
     requests: Sender<Request>,
 }
@@ -75,18 +76,22 @@ impl Events for Told {
 impl Migration {
     /// For `machine`; nothing runs yet.
     pub fn new(machine: Arc<Machine>) -> Self {
-        let told = Told {
-            events: machine.parts.events.clone(),
-            wanted: AtomicBool::new(false),
-            incoming: machine.parts.incoming,
-            requests: machine.parts.requests.clone(),
-        };
         let state = State {
             current: Current::None,
             parameters: Parameters::default(),
             capabilities: Capabilities::default(),
         };
-        Self { machine, limits: Arc::default(), state: Mutex::new(state), told: Arc::new(told) }
+        Self { machine, limits: Arc::default(), state: Mutex::new(state), wanted: Arc::default() }
+    }
+
+    fn told(&self, incoming: bool) -> Arc<Told> {
+        let parts = &self.machine.parts;
+        Arc::new(Told {
+            events: parts.events.clone(),
+            wanted: self.wanted.clone(),
+            incoming,
+            requests: parts.requests.clone(),
+        })
     }
 
     /// `migrate`.
@@ -106,7 +111,7 @@ impl Migration {
             _ => {}
         }
         let endpoint = Arc::new(MachineEndpoint(self.machine.clone()));
-        let handle = source::start(endpoint, uri, self.limits.clone(), self.told.clone())
+        let handle = source::start(endpoint, uri, self.limits.clone(), self.told(false))
             .map_err(|e| Error::generic(e.to_string()))?;
         state.current = Current::Outgoing(handle);
         Ok(json!({}))
@@ -122,7 +127,7 @@ impl Migration {
             return Err(Error::generic("The incoming migration has already been started"));
         }
         let endpoint = Arc::new(MachineEndpoint(self.machine.clone()));
-        let incoming = dest::listen(endpoint, &uri, dest::Options::default(), self.told.clone())
+        let incoming = dest::listen(endpoint, &uri, dest::Options::default(), self.told(true))
             .map_err(|e| Error::generic(e.to_string()))?;
         state.current = Current::Incoming(incoming);
         Ok(())
@@ -180,7 +185,7 @@ impl Migration {
     pub fn set_capabilities(&self, arguments: &Value) -> Result<Value, Error> {
         let mut state = self.state.lock();
         state.capabilities.apply(arguments)?;
-        self.told.wanted.store(state.capabilities.events, Ordering::Release);
+        self.wanted.store(state.capabilities.events, Ordering::Release);
         Ok(json!({}))
     }
 
