@@ -214,7 +214,7 @@ impl Setting {
     fn migration(&self, who: Contestant, data: &Path, bandwidth: u64) -> Result<Sample> {
         let mut pair = self.pair(who, data, bandwidth)?;
         load::wait_quiet(self.patience);
-        load::warm_memory((self.data + self.data / 4) as usize)?;
+        load::warm_memory(2 * self.data as usize)?;
         let cpu = |p: &Pair| p.source.used() + p.destination.used();
         let (busy, used, start) = (load::machine_busy(), cpu(&pair), Instant::now());
         pair.from.command("migrate", json!({"uri": pair.uri}))?;
@@ -238,7 +238,7 @@ impl Setting {
         let mut server = Process::start(server.stdout(Stdio::null()).stderr(Stdio::null()))?;
         std::thread::sleep(Duration::from_millis(200));
         load::wait_quiet(self.patience);
-        load::warm_memory((self.data + self.data / 4) as usize)?;
+        load::warm_memory(2 * self.data as usize)?;
         let busy = load::machine_busy();
         let out = Command::new("iperf3")
             .args(["-c", "127.0.0.1", "-J", "-p", &port, "-n", &self.data.to_string()])
