@@ -12,6 +12,7 @@ pub mod migration;
 pub mod network;
 pub mod pattern;
 pub mod ping;
+pub mod proxy;
 pub mod qmp;
 pub mod report;
 pub mod svg;

@@ -11,7 +11,7 @@ use crate::{Result, lab, paths};
 
 /// In loading order; what one needs comes before it.
 const MODULES: &[&str] =
-    &["virtio_pci", "virtio_net", "virtio_blk", "virtio_rng", "virtio_balloon"];
+    &["virtio_pci", "virtio_net", "virtio_blk", "virtio_rng", "virtio_balloon", "button", "evdev"];
 
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 
@@ -19,6 +19,8 @@ const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 pub struct Guest {
     /// Debian's cloud kernel, a bzImage.
     pub kernel: PathBuf,
+    /// The same kernel as the ELF image that is packed in it, with a PVH entry.
+    pub elf: PathBuf,
     /// Its initramfs, with `tern-guest` as init.
     pub initramfs: PathBuf,
 }
@@ -98,6 +100,51 @@ fn compress(from: &Path, to: &Path) -> Result<()> {
     fs::rename(&part, to).map_err(|e| format!("cannot write {}: {e}", to.display()))
 }
 
+/// Where a bzImage's payload is in its file, and its bytes. Source: Linux, "The Linux/x86 Boot
+/// Protocol", setup_sects, payload_offset and payload_length.
+fn payload(image: &[u8]) -> Option<&[u8]> {
+    let u32_at = |at: usize| {
+        image.get(at..at + 4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as usize)
+    };
+    let sectors = match *image.get(0x1f1)? {
+        0 => 4,
+        n => usize::from(n),
+    };
+    let start = (sectors + 1) * 512 + u32_at(0x248)?;
+    // The last four bytes are the unpacked size, and no part of the packed stream.
+    image.get(start..start.checked_add(u32_at(0x24c)?)?.checked_sub(4)?)
+}
+
+/// Unpacks the ELF kernel that is in a bzImage.
+fn unpack_elf(image: &Path, to: &Path) -> Result<()> {
+    let bytes = fs::read(image).map_err(|e| format!("cannot read {}: {e}", image.display()))?;
+    let what = || format!("{} has no payload that can be unpacked", image.display());
+    let packed = payload(&bytes).ok_or_else(what)?;
+    let program = match packed.get(..4).ok_or_else(what)? {
+        [0x02, 0x21, 0x4c, 0x18] => "lz4",
+        [0xfd, b'7', b'z', b'X'] => "xz",
+        [0x28, 0xb5, 0x2f, 0xfd] => "zstd",
+        [0x1f, 0x8b, ..] => "gzip",
+        _ => return Err(what()),
+    };
+    let (raw, part) = (to.with_extension("packed"), to.with_extension("part"));
+    write(&raw, packed)?;
+    let file = |path: &Path, opened: std::io::Result<File>| {
+        opened.map_err(|e| format!("{}: {e}", path.display()))
+    };
+    let status = Command::new(program)
+        .arg("-dc")
+        .stdin(file(&raw, File::open(&raw))?)
+        .stdout(file(&part, File::create(&part))?)
+        .status()
+        .map_err(|e| format!("{program} does not start: {e}"))?;
+    let _ = fs::remove_file(&raw);
+    if !status.success() {
+        return Err(format!("{}: {program} failed ({status})", what()));
+    }
+    fs::rename(&part, to).map_err(|e| format!("cannot write {}: {e}", to.display()))
+}
+
 /// Builds the guest when that has not been done for the present sources:
 /// target/lab/guest/{vmlinuz,initramfs.cpio,initramfs.cpio.gz}.
 pub fn ensure() -> Result<Guest> {
@@ -106,17 +153,22 @@ pub fn ensure() -> Result<Guest> {
     let init = build_init()?;
     let _lock = lab::lock::hold(&paths::lab().join(".lock"))?;
     let kernel = kernel::ensure(Flavour::Cloud)?;
-    let guest = Guest { kernel: dir.join("vmlinuz"), initramfs: dir.join("initramfs.cpio.gz") };
+    let guest = Guest {
+        kernel: dir.join("vmlinuz"),
+        elf: dir.join("vmlinux"),
+        initramfs: dir.join("initramfs.cpio.gz"),
+    };
     let plain = dir.join("initramfs.cpio");
     let bytes = archive(&init, &kernel)?;
     let stamp = format!("{} {:016x}", kernel.version, fingerprint(&bytes));
     let stamp_file = dir.join("stamp");
-    if fs::read_to_string(&stamp_file).is_ok_and(|s| s == stamp) {
+    if guest.elf.exists() && fs::read_to_string(&stamp_file).is_ok_and(|s| s == stamp) {
         return Ok(guest);
     }
     let _ = fs::remove_file(&stamp_file);
     fs::copy(kernel.image(), &guest.kernel)
         .map_err(|e| format!("cannot copy the guest's kernel: {e}"))?;
+    unpack_elf(&guest.kernel, &guest.elf)?;
     write(&plain, bytes)?;
     compress(&plain, &guest.initramfs)?;
     write(&stamp_file, stamp)?;

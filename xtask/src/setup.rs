@@ -7,8 +7,18 @@ use std::time::{Duration, SystemTime};
 use crate::Result;
 
 /// What the lab host and the guests are made from.
-pub const LAB: &[&str] =
-    &["qemu-system-x86", "busybox-static", "kmod", "iproute2", "apt", "gcc", "libc6-dev"];
+pub const LAB: &[&str] = &[
+    "qemu-system-x86",
+    "busybox-static",
+    "kmod",
+    "iproute2",
+    "apt",
+    "gcc",
+    "libc6-dev",
+    "lz4",
+    "xz-utils",
+    "zstd",
+];
 /// What the demo runs beside that.
 pub const DEMO: &[&str] = &["iputils-ping"];
 /// What the tests use as independent peers beside that.

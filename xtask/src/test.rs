@@ -90,6 +90,7 @@ fn e2e(args: &TestArgs) -> Result<u8> {
         ("TERN_HOST", host.name().to_owned()),
         ("TERN_VMM", text(&vmm)),
         ("TERN_GUEST_KERNEL", text(&guest.kernel)),
+        ("TERN_GUEST_ELF", text(&guest.elf)),
         ("TERN_GUEST_INITRD", text(&guest.initramfs)),
         ("TERN_E2E_LOGS", text(&paths::target().join("e2e-logs"))),
     ]

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::thread;
 
 use super::control::{self, Work};
-use super::{Orders, disk::Disk, gap::Watch, memory::Memory, net};
+use super::{Orders, disk::Disk, facts, gap::Watch, memory::Memory, net};
 
 /// The monotonic clock, milliseconds.
 pub fn uptime_ms() -> f64 {
@@ -98,6 +98,15 @@ fn start_network(orders: &Orders, work: &Arc<Work>) -> io::Result<()> {
     Ok(())
 }
 
+/// The facts, as a line, when they are asked for.
+fn said(orders: &Orders) -> String {
+    if orders.number("facts", 0) == 0 {
+        return String::new();
+    }
+    let facts = facts::collect(orders.text("discard"));
+    format!("TERN-GUEST FACTS {}\n", serde_json::to_string(&facts).unwrap_or_default())
+}
+
 /// Runs the guest; never comes back.
 pub fn main() -> ! {
     let started = uptime_ms();
@@ -127,11 +136,13 @@ pub fn main() -> ! {
         let work = Arc::clone(&work);
         thread::spawn(move || complain("/dev/vda", work.disk.run("/dev/vda", blocks)));
     }
-    let ready = format!(
-        "TERN-GUEST READY {{\"uptime\":{:.3},\"ready\":{:.3}}}\n",
-        started / 1e3,
-        uptime_ms() / 1e3
-    );
+    facts::watch_power_button();
+    let ready = said(&orders)
+        + &format!(
+            "TERN-GUEST READY {{\"uptime\":{:.3},\"ready\":{:.3}}}\n",
+            started / 1e3,
+            uptime_ms() / 1e3
+        );
     match serial() {
         Ok(mut tty) => {
             complain("serial line", tty.write_all(ready.as_bytes()));

@@ -9,12 +9,15 @@
 //! | `tern.random=PERCENT` | how much of that is random data (default 50); the rest compresses well |
 //! | `tern.rate=PAGES` | pages dirtied a second (default 1000) |
 //! | `tern.disk=BLOCKS` | 4 KiB blocks of /dev/vda to write and re-read (default 0: none) |
+//! | `tern.facts=1` | say what the machine is ([`facts`]) |
+//! | `tern.discard=DISK` | with that, discard and write-zeroes on a disk whose content may go |
 //! | `tern.tcp=KIB` | KiB a second that the guest sends on a stream (default 1024) |
 //!
 //! and later as JSON lines on TCP port [`CONTROL_PORT`] and on ttyS0 ([`control`]).
 
 pub mod control;
 pub mod disk;
+pub mod facts;
 pub mod gap;
 pub mod init;
 pub mod memory;
