@@ -485,7 +485,7 @@ impl Driver {
     /// that it knows the new place. Not every network shows it to the old one.
     fn forward_frames(&mut self) {
         const QUIET: Duration = Duration::from_millis(2);
-        const MOST: Duration = Duration::from_millis(300);
+        const MOST: Duration = Duration::from_secs(1);
         let until = Instant::now() + MOST;
         let mut sent = 0;
         loop {
