@@ -191,6 +191,9 @@ fn the_path_breaks_at_a_message() {
         let fault = |_| Fault::Down(Duration::from_secs(3));
         assert_eq!(work.meet(&what, point, fault), Winner::Destination, "{what}");
     }
+    // A VM that came in by a migration is not ended by the failure of its own.
+    let what = "cut at ready once more";
+    assert_eq!(work.meet(what, Point::Before(kind::READY), |_| Fault::Cut), Winner::Source);
 }
 
 #[test]
