@@ -182,7 +182,8 @@ fn a_serial_ports_overflow_is_dropped_and_the_client_stays() {
     assert!(taken < 10_000_000);
     let mut got = vec![0; taken];
     client.read_exact(&mut got).unwrap();
-    server.write(b"still here");
+    // The queue has room again only when the chardev's thread has come back from its write.
+    eventually("room", || server.write(b"still here") == 10);
     let mut end = [0; 10];
     client.read_exact(&mut end).unwrap();
     assert_eq!((&end, front.closed()), (b"still here", 0));
