@@ -486,8 +486,11 @@ impl Driver {
     fn forward_frames(&mut self) {
         const QUIET: Duration = Duration::from_millis(2);
         const MOST: Duration = Duration::from_secs(1);
-        let until = Instant::now() + MOST;
-        let mut sent = 0;
+        /// A bridge may have looked up the old port for a frame just before it learnt the new one,
+        /// and puts it there after the announcement.
+        const GRACE: Duration = Duration::from_millis(50);
+        let mut until = Instant::now() + MOST;
+        let (mut sent, mut first) = (0, true);
         loop {
             let (frames, settled) = self.inner.endpoint.late_frames();
             sent += frames.len() as u64;
@@ -498,7 +501,14 @@ impl Driver {
                     return;
                 }
             }
-            if settled || Instant::now() > until {
+            if settled && std::mem::take(&mut first) && sent == 0 {
+                return; // no NIC, or nothing comes for it
+            }
+            first = false;
+            if settled {
+                until = until.min(Instant::now() + GRACE);
+            }
+            if Instant::now() > until {
                 return;
             }
             std::thread::sleep(QUIET);
