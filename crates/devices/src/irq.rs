@@ -3,10 +3,10 @@
 
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
-/// An interrupt line (ISA, PCI INTx).
+/// An interrupt line (ISA, PCI INTx). Several devices may share a pin: each has a line of its own, and
+/// the pin is up while any of them is.
 pub trait IrqLine: Send + Sync {
     /// Sets its level.
     fn set(&self, level: bool);
@@ -47,39 +47,4 @@ pub trait Doorbells: Send + Sync {
     ) -> Result<(), String>;
     /// Undoes [`register`](Self::register).
     fn unregister(&self, fd: &EventFd, address: DoorbellAddress, datamatch: Option<u32>);
-}
-
-/// One input of a line that several devices share: the line is up while any of them holds it up.
-pub struct SharedLine {
-    line: Arc<dyn IrqLine>,
-    holders: Arc<Mutex<u32>>,
-    up: Mutex<bool>,
-}
-
-impl SharedLine {
-    /// `count` inputs of `line`.
-    pub fn split(line: Arc<dyn IrqLine>, count: usize) -> Vec<Arc<dyn IrqLine>> {
-        let holders = Arc::new(Mutex::new(0));
-        let input = |_| -> Arc<dyn IrqLine> {
-            Arc::new(Self { line: line.clone(), holders: holders.clone(), up: Mutex::new(false) })
-        };
-        (0..count).map(input).collect()
-    }
-}
-
-impl IrqLine for SharedLine {
-    fn set(&self, level: bool) {
-        let mut up = self.up.lock();
-        if *up == level {
-            return;
-        }
-        *up = level;
-        let mut holders = self.holders.lock();
-        if level {
-            *holders += 1;
-        } else {
-            *holders -= 1;
-        }
-        self.line.set(*holders > 0);
-    }
 }

@@ -45,8 +45,7 @@ impl std::fmt::Display for Bdf {
 
 /// The GSI of a function's INTx on bus 0 when the guest uses the I/O APIC: PIRQE to PIRQH, that
 /// is GSI 20 to 23, by slot. `pin` is 1 for INTA to 4 for INTD, as in configuration register 0x3d.
-/// Level triggered; several functions share a GSI (see
-/// [`SharedLine`](crate::irq::SharedLine)).
+/// Level triggered; several functions share a GSI.
 ///
 /// The `_PRT` of the host bridge must say the same: for every slot and pin,
 /// `Package { slot << 16 | 0xffff, pin - 1, 0, intx_gsi(slot, pin) }`. Behind a bridge the pin is

@@ -8,7 +8,7 @@ use chardev::Chardev;
 use crossbeam_channel::Sender;
 use devices::acpi_pm::{self, AcpiPm};
 use devices::bus::BusDevice;
-use devices::chipset::ChipsetFunction;
+use devices::chipset::{plug_pc, plug_q35};
 use devices::pci::assign::Windows;
 use devices::pci::root::{self, PciRoot};
 use devices::pci::root_port::RootPort;
@@ -132,24 +132,8 @@ impl Builder<'_> {
     }
 
     fn chipset(&mut self) -> Result<Arc<AcpiPm>, String> {
-        let functions: Vec<((u8, u8), bool, Arc<ChipsetFunction>)> = if self.pcie {
-            vec![
-                ((0, 0), false, ChipsetFunction::q35_host()),
-                ((0x1f, 0), true, ChipsetFunction::ich9_lpc()),
-            ]
-        } else {
-            vec![
-                ((0, 0), false, ChipsetFunction::i440fx()),
-                ((1, 0), true, ChipsetFunction::piix3()),
-                ((1, 3), false, ChipsetFunction::piix4_pm()),
-            ]
-        };
-        for (place, multifunction, function) in functions {
-            self.pci
-                .add(self.root_bus(), Some(place), multifunction, function.clone())
-                .map_err(text)?;
-            self.unit(function);
-        }
+        let plugged = if self.pcie { plug_q35(&self.pci) } else { plug_pc(&self.pci) };
+        self.units.extend(plugged.map_err(text)?);
         let pm = AcpiPm::new(self.interrupts.line(acpi_pm::SCI_GSI));
         self.ports(acpi_pm::PM_BASE.into(), acpi_pm::PM_BYTES.into(), pm.clone())?;
         self.ports(acpi_pm::SMI_PORT.into(), 2, pm.smi_ports())?;
@@ -221,9 +205,9 @@ impl Builder<'_> {
     ) -> Result<(), String> {
         let bus = device.bus.as_deref().unwrap_or(self.root_bus());
         let express = self.pcie && bus != self.root_bus();
-        // The pin's GSI depends on the slot, which is known once the function is plugged in; MSI-X
-        // is what guests use, and the line is wired for the slot that the user gave.
-        let slot = device.addr.map_or(0, |(slot, _)| slot);
+        // The pin's GSI depends on the slot, so that is chosen now.
+        let place = device.addr.or_else(|| self.pci.free_place(bus));
+        let slot = place.map_or(0, |(slot, _)| slot);
         let gsi = self.pci.intx_gsi(bus, slot, 1).unwrap_or_else(|_| intx_gsi(slot, 1));
         let function = VirtioPci::new(
             name,

@@ -425,6 +425,14 @@ impl PciRoot {
         map.functions.iter().find(|f| f.device.name() == name).map(|f| bdf(f.place))
     }
 
+    /// The slot and function that [`add`](Self::add) would give the next function on the bus called
+    /// `bus`; `None` if there is no such bus or it is full. Its interrupt line depends on it.
+    pub fn free_place(&self, bus: &str) -> Option<(u8, u8)> {
+        let tree = self.tree.lock();
+        let index = tree.buses.iter().position(|b| b.name == bus)?;
+        tree.free_slot(index, "").ok()
+    }
+
     /// Where the function called `name` is plugged in, as bus name, slot and function: unlike
     /// [`find`](Self::find) it does not change when the guest numbers its buses anew.
     pub fn place(&self, name: &str) -> Option<String> {
