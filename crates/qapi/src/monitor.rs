@@ -62,6 +62,8 @@ struct Inbox {
     /// Counts connections, so that what was meant for a client that left is not sent.
     client: u64,
     stop: bool,
+    /// The worker has taken work and not come back for more.
+    busy: bool,
 }
 
 enum Item {
@@ -128,6 +130,17 @@ impl Monitor {
             .spawn(move || run(&link))?;
         chardev.connect(shared.clone());
         Ok(Self { shared, worker: Some(worker) })
+    }
+
+    /// Blocks until what came in so far is answered and every event has gone to the chardev, or
+    /// until `deadline`. Not for the monitor's own thread.
+    pub fn flush(&self, deadline: Instant) {
+        let mut inbox = self.shared.inbox.lock();
+        while inbox.busy || !inbox.items.is_empty() || !inbox.events.is_empty() {
+            if self.shared.wake.wait_until(&mut inbox, deadline).timed_out() {
+                return;
+            }
+        }
     }
 }
 
@@ -242,17 +255,21 @@ impl Link {
 
     fn next(&self, ticking: bool) -> Option<Work> {
         let mut inbox = self.shared.inbox.lock();
+        inbox.busy = false;
         loop {
             if inbox.stop {
                 return None;
             }
             if std::mem::take(&mut inbox.overflow) {
+                inbox.busy = true;
                 return Some(Work::Overflow);
             }
             if let Some(event) = inbox.events.pop_front() {
+                inbox.busy = true;
                 return Some(Work::Event(event));
             }
             if let Some(item) = inbox.items.pop_front() {
+                inbox.busy = true;
                 if let Item::Data(bytes, _) = &item {
                     inbox.waiting -= bytes.len();
                 }
@@ -269,6 +286,7 @@ impl Link {
                 }
                 return Some(Work::Item(item));
             }
+            self.shared.wake.notify_all(); // who waits in `flush`
             if !ticking {
                 self.shared.wake.wait(&mut inbox);
             } else if self.shared.wake.wait_for(&mut inbox, TICK).timed_out() {

@@ -10,14 +10,16 @@ use crate::machine::Machine;
 use crate::runstate::RunState;
 use crate::vcpus::Request;
 
-/// Acts on requests until one ends the process; returns the exit status.
+/// Acts on requests until one ends the process; returns the exit status. `settle` returns when the
+/// monitors have answered what they were asked (or after a while).
 pub fn drive(
     machine: Option<&Arc<Machine>>,
     requests: &Receiver<Request>,
     events: &EventBus,
     actions: spec::Actions,
+    settle: &dyn Fn(),
 ) -> i32 {
-    let driver = Driver { machine, events, actions };
+    let driver = Driver { machine, events, actions, settle };
     loop {
         let Ok(request) = requests.recv() else { return 0 };
         if let Some(status) = driver.act(request) {
@@ -30,6 +32,7 @@ struct Driver<'a> {
     machine: Option<&'a Arc<Machine>>,
     events: &'a EventBus,
     actions: spec::Actions,
+    settle: &'a dyn Fn(),
 }
 
 impl Driver<'_> {
@@ -37,6 +40,8 @@ impl Driver<'_> {
     fn act(&self, request: Request) -> Option<i32> {
         match &request {
             Request::Quit(status) => {
+                // The reply to `quit` goes out before the event, as QEMU's.
+                (self.settle)();
                 self.shutdown_event(false, "host-qmp-quit");
                 return Some(*status);
             }

@@ -245,6 +245,17 @@ impl Machine {
         life.state = state;
     }
 
+    /// Stops for the end of the process: no event, for SHUTDOWN was the last, as in QEMU.
+    pub fn end(&self) {
+        let mut life = self.life.lock();
+        if life.state == RunState::Running {
+            if let Err(e) = self.still(&mut life, Instant::now() + QUIESCE_TIMEOUT) {
+                tracing::warn!("stop: {e}");
+            }
+            life.state = RunState::Shutdown;
+        }
+    }
+
     /// Resets the machine; it goes on if it ran. `guest`: the guest asked for it.
     pub fn reset(&self, guest: bool, reason: &str) -> Result<(), String> {
         let mut life = self.life.lock();

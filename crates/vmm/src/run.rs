@@ -55,12 +55,13 @@ fn try_run(spec: spec::Machine, ready: impl FnOnce()) -> Result<i32, String> {
         chardevs: chardevs.clone(),
         requests,
     });
-    let _monitors = start_monitors(&spec, &chardevs, &control, &events)?;
+    let monitors = start_monitors(&spec, &chardevs, &control, &events)?;
     signals::started();
     start(&control, &spec)?;
     ready();
-    let status = driver::drive(machine.as_ref(), &asked, &events, spec.actions);
-    finish(&control, &chardevs);
+    let settle = || flush(&monitors, Instant::now() + DRAIN);
+    let status = driver::drive(machine.as_ref(), &asked, &events, spec.actions, &settle);
+    finish(&control, &chardevs, &monitors);
     Ok(status)
 }
 
@@ -133,15 +134,20 @@ fn start(control: &Control, spec: &spec::Machine) -> Result<(), String> {
     }
 }
 
-/// Stops what runs, so that disks are flushed and nothing is written half.
-fn finish(control: &Control, chardevs: &[Arc<dyn Chardev>]) {
+/// Waits until the monitors have nothing more to say, or until `deadline`.
+fn flush(monitors: &[Monitor], deadline: Instant) {
+    monitors.iter().for_each(|monitor| monitor.flush(deadline));
+}
+
+/// Stops what runs, so that disks are flushed and nothing is written half, and lets every client
+/// read what was meant for it.
+fn finish(control: &Control, chardevs: &[Arc<dyn Chardev>], monitors: &[Monitor]) {
     if let Some((machine, migration)) = &control.machine {
         migration.cancel();
-        if let Err(e) = machine.stop() {
-            tracing::warn!("stop: {e}");
-        }
+        machine.end();
     }
     let deadline = Instant::now() + DRAIN;
+    flush(monitors, deadline);
     for chardev in chardevs {
         chardev.drain(deadline);
         chardev.close();
