@@ -6,7 +6,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -79,6 +79,17 @@ impl Channel {
         };
     }
 
+    /// Reads what is there; `None` when nothing is.
+    pub fn read_now(&self, buf: &mut [u8]) -> io::Result<Option<usize>> {
+        let fd = self.fd.as_raw_fd();
+        // SAFETY: buf is ours and writable.
+        let n = unsafe { libc::recv(fd, buf.as_mut_ptr().cast(), buf.len(), libc::MSG_DONTWAIT) };
+        match check(n) {
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => Ok(None),
+            other => other,
+        }
+    }
+
     /// Ends both directions at once: whoever is blocked in it returns.
     pub fn shutdown(&self) {
         // SAFETY: the fd is open while self lives.
@@ -120,6 +131,28 @@ impl Channel {
         }
         Ok(())
     }
+}
+
+/// Which of the fds that [`readable`] was given have something to read, or an end to tell.
+pub(crate) struct Ready {
+    pub listener: bool,
+    /// In the order in which they were given.
+    pub channels: Vec<bool>,
+}
+
+/// Waits until a connection or bytes can be taken, for at most `limit`.
+pub(crate) fn readable<'a>(
+    listener: &Listener,
+    channels: impl Iterator<Item = &'a Channel>,
+    limit: Duration,
+) -> Ready {
+    let fds = std::iter::once(listener.raw_fd()).chain(channels.map(|c| c.fd.as_raw_fd()));
+    let mut set: Vec<_> =
+        fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 }).collect();
+    // SAFETY: as many pollfds as are said, which outlive the call.
+    unsafe { libc::poll(set.as_mut_ptr(), set.len() as libc::nfds_t, limit.as_millis() as i32) };
+    let mut ready = set.iter().map(|p| p.revents != 0);
+    Ready { listener: ready.next().unwrap_or(false), channels: ready.collect() }
 }
 
 /// What a read or write returned; `None` when it was interrupted.
@@ -385,17 +418,18 @@ impl Listener {
         }
     }
 
-    /// The next connection, if one comes within `limit`.
-    pub fn accept(&self, limit: Duration) -> io::Result<Option<Channel>> {
+    fn raw_fd(&self) -> RawFd {
+        match self {
+            Self::Tcp(l) => l.as_raw_fd(),
+            Self::Unix(l, _) => l.as_raw_fd(),
+        }
+    }
+
+    /// The next connection, if there is one now.
+    pub fn accept(&self) -> io::Result<Option<Channel>> {
         let accepted = match self {
-            Self::Tcp(l) => {
-                poll(l, libc::POLLIN, limit);
-                l.accept().map(|(s, _)| OwnedFd::from(s))
-            }
-            Self::Unix(l, _) => {
-                poll(l, libc::POLLIN, limit);
-                l.accept().map(|(s, _)| OwnedFd::from(s))
-            }
+            Self::Tcp(l) => l.accept().map(|(s, _)| OwnedFd::from(s)),
+            Self::Unix(l, _) => l.accept().map(|(s, _)| OwnedFd::from(s)),
         };
         match accepted {
             Ok(fd) => {

@@ -1,21 +1,21 @@
 //! The receiving side's driver: does what [`session::Dest`](crate::session::Dest) says, with
 //! sockets, clocks and threads.
 //!
-//! Threads: `mig-incoming` runs the session and calls the machine; `mig-accept` accepts
-//! connections, and one short-lived thread a connection reads its greeting, so that whoever
-//! connects and stays silent disturbs nobody; `mig-control` and `mig-ram.N` read.
+//! Threads: `mig-incoming` runs the session and calls the machine; `mig-accept` accepts connections
+//! and hears their greetings, so that whoever connects and stays silent disturbs nobody;
+//! `mig-control` and `mig-ram.N` read.
 
 use std::collections::VecDeque;
 use std::io::{BufReader, Write};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
 use crate::channel::{Channel, Listener};
+use crate::greeter::Greeter;
 use crate::receiver::{Receiver, Sync};
-use crate::session::HELLO_PATIENCE;
 use crate::session::dest::{Input, Output};
 use crate::source::spawn;
 use crate::stats::{Stats, micros};
@@ -26,8 +26,6 @@ use crate::{Endpoint, Error, Events, MigrationInfo, Result, Status, Uri, session
 const SLICE: Duration = Duration::from_millis(50);
 /// How long a write on the control connection may block.
 const WRITE_PATIENCE: Duration = Duration::from_secs(10);
-/// Most connections whose greeting has not come yet.
-const MAX_SILENT: usize = 32;
 
 /// How a destination behaves.
 #[derive(Debug, Clone, Copy, Default)]
@@ -55,7 +53,6 @@ struct Inner {
     status: Mutex<Status>,
     held: AtomicBool,
     closed: AtomicBool,
-    silent: AtomicUsize,
     queue: Mutex<mpsc::Sender<Event>>,
     result: Mutex<Option<Result<()>>>,
     done: Condvar,
@@ -163,7 +160,6 @@ pub fn listen(
         status: Mutex::new(Status::None),
         held: AtomicBool::new(false),
         closed: AtomicBool::new(false),
-        silent: AtomicUsize::new(0),
         queue: Mutex::new(tx.clone()),
         result: Mutex::new(None),
         done: Condvar::new(),
@@ -176,23 +172,16 @@ pub fn listen(
     Ok(Incoming(inner))
 }
 
-/// Accepts until the migration is closed, and reads each connection's greeting in a thread.
-fn accept(inner: &Arc<Inner>, listener: &Listener, tx: &mpsc::Sender<Event>) {
+/// Accepts until the migration is closed, and hands on who has greeted.
+fn accept(inner: &Inner, listener: &Listener, tx: &mpsc::Sender<Event>) {
+    let mut greeter = Greeter::default();
     while !inner.closed.load(Ordering::Acquire) {
-        match listener.accept(SLICE) {
-            Ok(None) => {}
-            Ok(Some(channel)) if inner.silent.load(Ordering::Acquire) < MAX_SILENT => {
-                inner.silent.fetch_add(1, Ordering::AcqRel);
-                let (inner, tx) = (inner.clone(), tx.clone());
-                let greet = move || {
-                    greeting(channel, &tx);
-                    inner.silent.fetch_sub(1, Ordering::AcqRel);
-                };
-                if let Err(e) = spawn("mig-hello", greet) {
-                    tracing::warn!("{e}");
+        match greeter.turn(listener, SLICE) {
+            Ok(greeted) => {
+                for (hello, channel) in greeted {
+                    let _ = tx.send(Event::Greeted { hello, channel });
                 }
             }
-            Ok(Some(_)) => tracing::debug!("too many silent connections; one more is closed"),
             Err(e) => {
                 tracing::warn!("incoming migration: cannot accept: {e}");
                 std::thread::sleep(SLICE);
@@ -204,17 +193,6 @@ fn accept(inner: &Arc<Inner>, listener: &Listener, tx: &mpsc::Sender<Event>) {
         Some(Ok(())) | Some(Err(Error::Refused(_) | Error::Cancelled))
     ) {
         listener.remove_file();
-    }
-}
-
-fn greeting(channel: Channel, tx: &mpsc::Sender<Event>) {
-    channel.set_read_timeout(HELLO_PATIENCE);
-    match Msg::read(&mut &channel) {
-        Ok(Some(Msg::Hello(hello))) => {
-            channel.set_read_timeout(Duration::ZERO);
-            let _ = tx.send(Event::Greeted { hello, channel });
-        }
-        other => tracing::debug!("a connection without a greeting: {other:?}"),
     }
 }
 

@@ -11,7 +11,8 @@
 //!
 //! Inside, lowest first: `zero` (finding zero pages), `wire` (control frames), `ram` (RAM frames),
 //! `pending` (which pages the peer has not acknowledged), `planner` (when to stop the guest),
-//! `session` (the protocol with no socket, clock or thread), `channel` (sockets), `sender` and
+//! `session` (the protocol with no socket, clock or thread), `channel` (sockets), `greeter` (connections
+//! that have said nothing yet), `sender` and
 //! `receiver` (RAM streams), `stats`.
 
 mod ahead;
@@ -19,6 +20,7 @@ mod channel;
 pub mod dest;
 pub mod endpoint;
 pub mod events;
+mod greeter;
 pub mod info;
 mod pace;
 pub mod params;

@@ -72,6 +72,22 @@ impl Hello {
         Self { versions: VERSIONS.to_vec(), capabilities, session, role }
     }
 
+    /// How many bytes are missing at least of a greeting that begins with `heard`; 0 when it is
+    /// whole.
+    ///
+    /// # Errors
+    /// [`Error::Protocol`] when it is no greeting.
+    pub fn missing(heard: &[u8]) -> Result<usize> {
+        let Some(header) = heard.first_chunk::<HEADER>() else {
+            return Ok(HEADER - heard.len());
+        };
+        let (kind, len) = check_header(header)?;
+        if kind != 0 {
+            return Err(Error::Protocol(format!("a frame of kind {kind} is no greeting")));
+        }
+        Ok((HEADER + len).saturating_sub(heard.len()))
+    }
+
     /// The destination's answer: the highest common version and the common capabilities.
     ///
     /// # Errors

@@ -2,12 +2,15 @@
 
 mod common;
 
+use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use common::{Lock, Log, Machine, exactly_one};
 use migrate::dest::{self, Options};
+use migrate::wire::{Hello, Msg, Role};
 use migrate::{Error, NoEvents, Parameters, Status, Uri, source};
 
 fn unlimited() -> Arc<Parameters> {
@@ -225,23 +228,80 @@ fn a_live_change_of_max_bandwidth_and_the_rate_itself() {
     there.stop();
 }
 
+/// 200 connections that say nothing, or not enough, and stay.
+fn crowd(connect: impl Fn() -> OwnedFd) -> Vec<OwnedFd> {
+    let say = |fd: OwnedFd, bytes: &[u8]| {
+        let mut file = std::fs::File::from(fd);
+        file.write_all(bytes).unwrap();
+        OwnedFd::from(file)
+    };
+    let mut all: Vec<_> = (0..180).map(|_| connect()).collect();
+    all.extend((0..10).map(|_| say(connect(), b"TnMC\0\0\0\0")));
+    all.extend((0..10).map(|_| say(connect(), b"GET / HTTP/1.1\r\n\r\n")));
+    all
+}
+
+fn threads(name: &str) -> usize {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+    let names = tasks.flat_map(|t| std::fs::read_to_string(t.path().join("comm")));
+    names.filter(|n| n.starts_with(name)).count()
+}
+
 #[test]
-fn garbage_and_silent_connections_disturb_nobody() {
-    use std::io::Write;
+fn a_crowd_of_silent_connections_keeps_no_migration_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("sock");
+    for uri in [local(), Uri::Unix { path: path.clone() }] {
+        let lock = Lock::default();
+        let (here, there) = (Machine::new("src", 16, &lock), Machine::new("dst", 16, &lock));
+        here.boot();
+        let incoming =
+            dest::listen(there.clone(), &uri, Options::default(), Arc::new(NoEvents)).unwrap();
+        let before = threads("mig-");
+        let port = match incoming.uri() {
+            Uri::Tcp { port, .. } => port,
+            _ => 0,
+        };
+        let connect = || match &uri {
+            Uri::Tcp { .. } => std::net::TcpStream::connect(("127.0.0.1", port)).unwrap().into(),
+            _ => std::os::unix::net::UnixStream::connect(&path).unwrap().into(),
+        };
+        let held = crowd(connect);
+        // Other tests of this file may have their own threads in this process.
+        let now = threads("mig-");
+        assert!(now < before + 100, "{now} threads, {before} before: one for each connection?");
+        let out =
+            source::start(here.clone(), incoming.uri(), unlimited(), Arc::new(NoEvents)).unwrap();
+        // New ones keep coming in while it runs.
+        let more: Vec<_> = (0..40).map(|_| connect()).collect();
+        out.wait().unwrap();
+        incoming.wait().unwrap();
+        assert_eq!(exactly_one(&here, &there).name, "dst");
+        there.stop();
+        drop((held, more));
+    }
+}
+
+/// A greeting that comes byte by byte is one all the same, and what follows it is not lost.
+#[test]
+fn a_slow_greeting_is_heard() {
     let lock = Lock::default();
-    let (here, there) = (Machine::new("src", 16, &lock), Machine::new("dst", 16, &lock));
-    here.boot();
-    let incoming =
-        dest::listen(there.clone(), &local(), Options::default(), Arc::new(NoEvents)).unwrap();
+    let there = Machine::new("dst", 16, &lock);
+    let keep = Options { keep_listening: true };
+    let incoming = dest::listen(there, &local(), keep, Arc::new(NoEvents)).unwrap();
     let Uri::Tcp { port, .. } = incoming.uri() else { panic!() };
-    let connect = || std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
-    let _silent: Vec<_> = (0..5).map(|_| connect()).collect();
-    connect().write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
-    let mut half = connect();
-    half.write_all(b"TnMC\0\0\0\0").unwrap();
-    let out = source::start(here.clone(), incoming.uri(), unlimited(), Arc::new(NoEvents)).unwrap();
-    out.wait().unwrap();
-    incoming.wait().unwrap();
-    assert_eq!(exactly_one(&here, &there).name, "dst");
-    there.stop();
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream.set_nodelay(true).unwrap();
+    let mut bytes = Msg::Hello(Hello::new([3; 16], Role::Control)).encode().unwrap();
+    bytes.extend(Msg::Abort("enough".into()).encode().unwrap());
+    for byte in bytes {
+        stream.write_all(&[byte]).unwrap();
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    let answer = Msg::read(&mut stream).unwrap();
+    assert!(matches!(answer, Some(Msg::HelloAck(_))), "{answer:?}");
+    // The abort behind it is heard: the connection ends without a word more.
+    assert_eq!(Msg::read(&mut stream).unwrap(), None);
+    incoming.stop();
+    assert_eq!(incoming.wait(), Err(Error::Cancelled));
 }
