@@ -51,7 +51,9 @@ impl OwnWrites {
         if self.enabled.load(Ordering::Acquire) && len > 0 {
             let first = offset >> PAGE_SHIFT;
             let last = (offset + len - 1) >> PAGE_SHIFT;
-            self.maps[region].set_range(first, last - first + 1);
+            if let Some(map) = self.maps.get(region) {
+                map.set_range(first, last - first + 1);
+            }
         }
     }
 }
@@ -62,13 +64,17 @@ impl DirtySource for GuestMemory {
     }
 
     fn start(&self) -> Result<()> {
+        // Memory that another process owns has no maps here: `harvest` says so.
         self.own_writes().maps.iter().for_each(Bitmap::clear_all);
         self.own_writes().enabled.store(true, Ordering::SeqCst);
         Ok(())
     }
 
     fn harvest(&self, region: usize, pending: &Bitmap) -> Result<u64> {
-        let map = &self.own_writes().maps[region];
+        let Some(map) = self.own_writes().maps.get(region) else {
+            let why = "memory of another process records its writes in that process's log";
+            return Err(crate::Error::Layout(why.into()));
+        };
         Ok((0..map.words()).map(|i| pending.or_word(i, map.take_word(i))).sum())
     }
 

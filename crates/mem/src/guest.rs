@@ -12,7 +12,7 @@ use vm_memory::{ByteValued, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::dirty::OwnWrites;
 use crate::mapping::{self, Mapping};
-use crate::{Backing, Error, PAGE_SIZE, Result, backing};
+use crate::{Backing, DirtyLog, Error, ForeignRegion, PAGE_SIZE, Result, backing};
 
 /// One piece of RAM to be made: where it lies for the guest, and in the backing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,8 +81,11 @@ struct Inner {
     mmap: GuestMemoryMmap<()>,
     regions: Vec<Region>,
     own: OwnWrites,
+    /// Another process's log of the pages that are written here.
+    log: Option<Arc<DirtyLog>>,
     /// Last: everything above points into them.
     _mappings: Vec<Mapping>,
+    foreign: Vec<ForeignRegion>,
 }
 
 /// The guest's RAM. Cheap to clone: all clones are the same memory. It is also the
@@ -96,19 +99,7 @@ impl GuestMemory {
     /// # Errors
     /// [`Error::Layout`] for a wrong layout, [`Error::Host`] when the host refuses.
     pub fn new(specs: &[RegionSpec], backing: &Backing) -> Result<Self> {
-        let mut end = 0;
-        for s in specs {
-            let bad = s.size == 0
-                || !s.gpa.is_multiple_of(PAGE_SIZE)
-                || !s.size.is_multiple_of(PAGE_SIZE);
-            if bad || s.gpa < end || s.gpa.checked_add(s.size).is_none() {
-                return Err(Error::Layout(format!(
-                    "RAM at {:#x}, {:#x} bytes: must be ascending, whole 4 KiB pages",
-                    s.gpa, s.size
-                )));
-            }
-            end = s.gpa + s.size;
-        }
+        check_specs(specs)?;
         let total = specs.iter().map(|s| s.size).sum();
         let file = backing::open(backing, total)?;
         let page_size = file.as_deref().map_or(PAGE_SIZE, backing::page_size);
@@ -136,7 +127,55 @@ impl GuestMemory {
         }
         let mmap = GuestMemoryMmap::from_regions(maps).map_err(|e| Error::Layout(e.to_string()))?;
         let own = OwnWrites::new(regions.iter().map(Region::pages));
-        Ok(Self(Arc::new(Inner { mmap, regions, own, _mappings: mappings })))
+        let (log, foreign) = (None, Vec::new());
+        Ok(Self(Arc::new(Inner { mmap, regions, own, log, _mappings: mappings, foreign })))
+    }
+
+    /// Memory that another process owns, in any order; it may be none at all. Regions may be shared
+    /// with other `GuestMemory`s, so that one more or less is a new `GuestMemory` of the same
+    /// mappings. Every write is recorded in `log`, if given; it is then no
+    /// [`DirtySource`](crate::DirtySource), whose recording is for memory of one's own.
+    ///
+    /// # Errors
+    /// [`Error::Layout`] for regions that overlap or are not whole 4 KiB pages.
+    pub fn from_foreign(regions: &[ForeignRegion], log: Option<Arc<DirtyLog>>) -> Result<Self> {
+        let mut foreign = regions.to_vec();
+        foreign.sort_by_key(|r| r.gpa);
+        let specs = foreign.iter().map(|r| RegionSpec { gpa: r.gpa, size: r.mapping.size() });
+        check_specs(&specs.collect::<Vec<_>>())?;
+        let mut regions = Vec::with_capacity(foreign.len());
+        let mut maps = Vec::with_capacity(foreign.len());
+        for (index, r) in foreign.iter().enumerate() {
+            let (file, offset) = r.mapping.file();
+            regions.push(Region {
+                index,
+                gpa: r.gpa,
+                size: r.mapping.size(),
+                host: r.mapping.as_ptr() as usize,
+                file: Some((file.clone(), offset)),
+                page_size: r.mapping.page_size(),
+            });
+            let map = mapping::of_foreign(&r.mapping)?;
+            let guest = GuestRegionMmap::new(map, GuestAddress(r.gpa))
+                .ok_or_else(|| Error::Layout("RAM passes the end of the address space".into()))?;
+            maps.push(guest);
+        }
+        let mmap = if maps.is_empty() {
+            GuestMemoryMmap::new()
+        } else {
+            GuestMemoryMmap::from_regions(maps).map_err(|e| Error::Layout(e.to_string()))?
+        };
+        let own = OwnWrites::new(std::iter::empty());
+        Ok(Self(Arc::new(Inner { mmap, regions, own, log, _mappings: Vec::new(), foreign })))
+    }
+
+    /// Whether a file that another process lent shrank ([`crate::ForeignMapping::is_broken`]): what
+    /// is read since is zeroes, and the memory is to be given up.
+    #[inline]
+    pub fn is_broken(&self) -> bool {
+        let log = self.0.log.as_ref();
+        self.0.foreign.iter().any(|r| r.mapping.is_broken())
+            || log.is_some_and(|log| log.mapping().is_broken())
     }
 
     /// The same memory as vm-memory's type, for the loader, vhost and VFIO crates. Writes made
@@ -162,7 +201,13 @@ impl GuestMemory {
     /// The region that holds all of `[gpa, gpa + len)`, and the offset in it.
     #[inline]
     fn locate(&self, gpa: u64, len: u64) -> Result<(&Region, u64)> {
-        for r in &self.0.regions {
+        let mut regions = &self.0.regions[..];
+        if regions.len() > 8 {
+            // Memory lent in many slots: look at one only.
+            let at = regions.partition_point(|r| r.gpa <= gpa).saturating_sub(1);
+            regions = &regions[at..=at];
+        }
+        for r in regions {
             if gpa >= r.gpa && gpa - r.gpa < r.size {
                 let offset = gpa - r.gpa;
                 if len <= r.size - offset {
@@ -211,14 +256,22 @@ impl GuestMemory {
     /// [`mark_dirty`](Self::mark_dirty) has an effect. Ask after writing, not before.
     #[inline]
     pub fn is_recording(&self) -> bool {
-        self.0.own.is_enabled()
+        self.0.own.is_enabled() || self.0.log.is_some()
     }
 
     /// Records that `[gpa, gpa + len)` was written. Out-of-range parts are ignored.
     #[inline]
     pub fn mark_dirty(&self, gpa: u64, len: u64) {
         if let Ok((r, offset)) = self.locate(gpa, len) {
-            self.0.own.record(r.index, offset, len);
+            self.record(r, offset, len);
+        }
+    }
+
+    #[inline]
+    fn record(&self, r: &Region, offset: u64, len: u64) {
+        self.0.own.record(r.index, offset, len);
+        if let Some(log) = &self.0.log {
+            log.mark(r.gpa + offset, len);
         }
     }
 
@@ -239,7 +292,7 @@ impl GuestMemory {
         let p = (r.host + offset as usize) as *mut u8;
         // SAFETY: as in `read`, the other way round.
         unsafe { std::ptr::copy_nonoverlapping(buf.as_ptr(), p, buf.len()) };
-        self.0.own.record(r.index, offset, buf.len() as u64);
+        self.record(r, offset, buf.len() as u64);
         Ok(())
     }
 
@@ -289,6 +342,23 @@ impl GuestMemory {
         }
         self.ptr(gpa, size)
     }
+}
+
+/// Checks that regions ascend without overlap, in whole pages.
+fn check_specs(specs: &[RegionSpec]) -> Result<()> {
+    let mut end = 0;
+    for s in specs {
+        let bad =
+            s.size == 0 || !s.gpa.is_multiple_of(PAGE_SIZE) || !s.size.is_multiple_of(PAGE_SIZE);
+        if bad || s.gpa < end || s.gpa.checked_add(s.size).is_none() {
+            return Err(Error::Layout(format!(
+                "RAM at {:#x}, {:#x} bytes: must be ascending, whole 4 KiB pages",
+                s.gpa, s.size
+            )));
+        }
+        end = s.gpa + s.size;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

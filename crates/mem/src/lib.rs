@@ -5,17 +5,22 @@
 //! - [`backing`]: what RAM is made of (memfd, file, huge pages).
 //! - [`bitmap`]: page bitmaps that several threads set and one harvests.
 //! - [`dirty`]: [`DirtySource`], everything that can say which pages changed.
+//! - [`foreign`]: RAM and logs that another process owns and lends by a descriptor.
+//! - [`sigbus`]: such a file shrinks while it is mapped, and the process lives on.
 #![allow(unsafe_code)] // the one place that turns guest addresses into pointers
 
 pub mod backing;
 pub mod bitmap;
 pub mod dirty;
+pub mod foreign;
 pub mod guest;
 mod mapping;
+pub mod sigbus;
 
 pub use backing::{Backing, BackingKind};
 pub use bitmap::Bitmap;
 pub use dirty::DirtySource;
+pub use foreign::{DirtyAlias, DirtyLog, ForeignMapping, ForeignRegion};
 pub use guest::{GuestMemory, GuestSlice, Region, RegionSpec};
 pub use vm_memory::ByteValued;
 

@@ -19,6 +19,13 @@ pub(crate) struct Mapping {
     len: usize,
 }
 
+impl Mapping {
+    /// Takes over the mapping of `len` bytes at `at`, which is nobody else's.
+    pub(crate) fn adopt(at: usize, len: usize) -> Self {
+        Self { at, len }
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: the range was mapped by `map` and is nobody else's; whoever held pointers into
@@ -89,6 +96,17 @@ pub(crate) fn map(
     }
     let region = region.build().map_err(|e| failed(std::io::Error::other(e.to_string())))?;
     Ok((mapping, region))
+}
+
+/// vm-memory's view of memory that another process lent; `foreign` has to outlive it.
+pub(crate) fn of_foreign(foreign: &crate::ForeignMapping) -> Result<MmapRegion<()>> {
+    let len = foreign.size() as usize; // it is mapped, so it fits
+    // SAFETY: the pointer is to a mapping of `len` bytes with these rights, which the caller keeps.
+    unsafe { MmapRegionBuilder::new(len).with_raw_mmap_pointer(foreign.as_ptr()) }
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        .build()
+        .map_err(|e| Error::Layout(e.to_string()))
 }
 
 /// Touches every page for writing, so that a host without the memory says so now.
