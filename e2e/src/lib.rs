@@ -6,6 +6,7 @@
 
 pub mod bench;
 mod error;
+pub mod failure;
 pub mod guest;
 pub mod link;
 pub mod migration;

@@ -117,6 +117,19 @@ impl Client {
     /// # Errors
     /// [`Error::Qmp`] when the VMM refuses it.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        self.execute_within(command, arguments, ANSWER)
+    }
+
+    /// The same with another limit than a minute for the answer.
+    ///
+    /// # Errors
+    /// As `execute`.
+    pub fn execute_within(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        patience: Duration,
+    ) -> Result<Value> {
         let mut object = json!({ "execute": command });
         if !arguments.is_null() {
             object["arguments"] = arguments;
@@ -124,11 +137,11 @@ impl Client {
         self.writer
             .write_all(format!("{object}\r\n").as_bytes())
             .context(|| format!("cannot send {command}"))?;
-        let until = Instant::now() + ANSWER;
+        let until = Instant::now() + patience;
         loop {
             let answer = self
                 .read(until)?
-                .ok_or_else(|| timeout(&format!("the answer to {command}"), ANSWER))?;
+                .ok_or_else(|| timeout(&format!("the answer to {command}"), patience))?;
             if let Some(value) = answer.get("return") {
                 return Ok(value.clone());
             }

@@ -5,15 +5,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::Result;
 use crate::error::Context;
 use crate::network::{self, Network, Tap};
 use crate::vmm::{Config, Vmm};
+use crate::{Result, failure};
 
 /// A guest boots in this time, also on the lab host with something else running.
 pub const BOOT: Duration = Duration::from_secs(90);
 
-/// One test's files and network.
+/// One test's files and network. To be dropped after the test's VMMs: when the test has failed, it
+/// tells how they stood.
 pub struct Bed {
     /// Its directory.
     pub dir: PathBuf,
@@ -117,10 +118,11 @@ impl Bed {
 /// Copies logs, not disks.
 fn keep_logs(from: &Path, to: &Path) {
     let _ = fs::remove_dir_all(to);
+    let _ = fs::create_dir_all(to);
     for entry in fs::read_dir(from).into_iter().flatten().flatten().filter(|e| e.path().is_dir()) {
         let into = to.join(entry.file_name());
         if fs::create_dir_all(&into).is_ok() {
-            for log in ["serial.log", "stderr.log"] {
+            for log in ["serial.log", "stderr.log", failure::STATE] {
                 let _ = fs::copy(entry.path().join(log), into.join(log));
             }
         }
@@ -129,11 +131,15 @@ fn keep_logs(from: &Path, to: &Path) {
 
 impl Drop for Bed {
     fn drop(&mut self) {
-        if std::thread::panicking()
-            && let Some(logs) = variable("TERN_E2E_LOGS")
-        {
-            keep_logs(&self.dir, &logs.join(&self.name));
-            eprintln!("logs of {} are in {}", self.name, logs.join(&self.name).display());
+        if std::thread::panicking() {
+            let told = failure::tell(&self.dir);
+            eprintln!("{} failed. Its VMMs:\n{told}", self.name);
+            if let Some(logs) = variable("TERN_E2E_LOGS") {
+                let logs = logs.join(&self.name);
+                keep_logs(&self.dir, &logs);
+                let _ = fs::write(logs.join("told.txt"), told);
+                eprintln!("whole logs of {} are in {}", self.name, logs.display());
+            }
         }
         let _ = fs::remove_dir_all(&self.dir);
     }

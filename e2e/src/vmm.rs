@@ -19,6 +19,9 @@ pub const MAC: &str = "52:54:00:7e:41:02";
 /// The same as it is in frames.
 pub const MAC_BYTES: [u8; 6] = [0x52, 0x54, 0x00, 0x7e, 0x41, 0x02];
 
+/// How long a VMM may take to say how it stands when a test has failed.
+const STATE_PATIENCE: Duration = Duration::from_secs(3);
+
 /// What to start.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -260,8 +263,27 @@ impl Vmm {
     }
 }
 
+impl Vmm {
+    /// How it stands, in a line, for the output of a test that failed.
+    fn state(&mut self) -> String {
+        if let Ok(Some(status)) = self.child.try_wait() {
+            return format!("it had ended ({status})");
+        }
+        let answer = self.qmp.execute_within("query-status", Value::Null, STATE_PATIENCE);
+        let events: Vec<_> = self.qmp.events().map(|e| e.name.clone()).collect();
+        match answer {
+            Ok(status) => format!("query-status {status}, events not looked at {events:?}"),
+            Err(e) => format!("it does not say how it stands: {e}"),
+        }
+    }
+}
+
 impl Drop for Vmm {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            let state = self.state();
+            let _ = fs::write(self.dir.join(crate::failure::STATE), state);
+        }
         self.kill();
     }
 }

@@ -31,12 +31,13 @@ enum Winner {
 
 /// A guest at work that moves, or does not, from fault to fault.
 struct Work {
-    bed: Bed,
     config: Config,
     side: Side,
     guest: Control,
     stream: Stream,
     tries: u32,
+    /// The last: it tells how the others stood.
+    bed: Bed,
 }
 
 impl Work {
@@ -54,7 +55,7 @@ impl Work {
         vm.wait_ready(BOOT).unwrap();
         let guest = Control::connect(network::GUEST).unwrap();
         let stream = Stream::start(network::GUEST, 128).unwrap();
-        Some(Self { bed, config, side: Side { vm, _tap: tap }, guest, stream, tries: 0 })
+        Some(Self { config, side: Side { vm, _tap: tap }, guest, stream, tries: 0, bed })
     }
 
     /// A destination that listens, and the address that leads to it.

@@ -6,7 +6,7 @@ use e2e::guest::control::Order;
 use e2e::link::{Control, Stream};
 use e2e::network;
 use e2e::ping::Pinger;
-use e2e::testbed::{BOOT, Bed};
+use e2e::testbed::{BOOT, Bed, is_tern};
 use serde_json::{Value, json};
 
 #[test]
@@ -101,4 +101,40 @@ fn unknown_commands_and_wrong_arguments_are_told() {
     let error = vm.qmp.execute("migrate", json!({"uri": 5})).unwrap_err().to_string();
     assert!(error.contains("GenericError"), "{error}");
     assert!(vm.is_running());
+}
+
+/// The test that fails here does so on purpose, on a thread of its own. Its guest restarts by a
+/// triple fault, the hardest thing to see from the outside: whatever fails next must be explained.
+#[test]
+fn a_failed_test_tells_how_its_vmms_stood() {
+    let name = "fails-on-purpose";
+    let Some(logs) = std::env::var_os("TERN_E2E_LOGS").map(std::path::PathBuf::from) else {
+        println!("skipped: TERN_E2E_LOGS does not say where logs are kept");
+        return;
+    };
+    let logs = logs.join(name);
+    let _ = std::fs::remove_dir_all(&logs);
+    let failing = || {
+        let Some(mut bed) = Bed::new(name) else { return };
+        let mut config = bed.config();
+        config.append = format!("reboot=t tern.ip={}/{}", network::GUEST, network::PREFIX);
+        let (mut vm, _tap) = bed.start_on_network(&config).unwrap();
+        vm.wait_ready(BOOT).unwrap();
+        let mut guest = Control::connect(network::GUEST).unwrap();
+        std::thread::spawn(move || guest.order(&Order::Reboot));
+        vm.qmp.wait_event("RESET", Duration::from_secs(30)).unwrap();
+        panic!("this failure is wanted: the test looks at what is told of it");
+    };
+    let failed = std::thread::scope(|s| s.spawn(failing).join().is_err());
+    let Ok(told) = std::fs::read_to_string(logs.join("told.txt")) else {
+        assert!(!failed, "nothing was told");
+        return; // no guests here
+    };
+    for part in ["query-status", "\"status\":\"running\"", "TERN-GUEST READY"] {
+        assert!(told.contains(part), "{part} in {told}");
+    }
+    if is_tern() {
+        assert!(told.contains("TRIPLE FAULT"), "{told}");
+    }
+    let _ = std::fs::remove_dir_all(&logs);
 }
