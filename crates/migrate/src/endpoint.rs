@@ -93,6 +93,9 @@ pub trait Endpoint: Send + Sync {
     fn resume(&self) -> Result<(), String>;
     /// Source: the guest runs elsewhere for good. It never runs here again.
     fn handed_over(&self);
+    /// Source, at the end of a migration after go of which nobody knows whether the guest runs at
+    /// the destination: it stays stopped here, and only the operator may let it go on.
+    fn undecided(&self);
     /// Destination: everything that can be done before the pause (fault in memory, open back ends).
     fn prepare(&self) -> Result<(), String>;
     /// Destination: takes over device and vCPU state.

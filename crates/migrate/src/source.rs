@@ -474,6 +474,9 @@ impl Driver {
                 None
             }
             Output::End(result) => {
+                if matches!(result, Err(Error::Unknown(_))) {
+                    self.inner.endpoint.undecided();
+                }
                 self.result = Some(result);
                 None
             }

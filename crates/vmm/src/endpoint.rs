@@ -53,6 +53,11 @@ impl Endpoint for MachineEndpoint {
         let mut all = self.0.blockers();
         match self.0.state() {
             RunState::Inmigrate => all.push("an incoming migration is under way here".into()),
+            _ if self.0.is_undecided() => all.push(
+                "it is not known whether the guest runs at the destination of the last migration \
+                 (see query-migrate); only if it does not, let it go on here with cont first"
+                    .into(),
+            ),
             RunState::Postmigrate => all.push("the guest was handed over already".into()),
             RunState::InternalError => {
                 all.push("the machine stopped with an internal error; reset it first".into());
@@ -92,6 +97,10 @@ impl Endpoint for MachineEndpoint {
 
     fn handed_over(&self) {
         self.0.handed_over();
+    }
+
+    fn undecided(&self) {
+        self.0.undecided();
     }
 
     fn prepare(&self) -> Result<(), String> {
@@ -160,7 +169,9 @@ fn differences(theirs: &Preamble, ours: &Preamble) -> Vec<String> {
     differ("CPU model", theirs.cpu_model.clone(), ours.cpu_model.clone());
     differ("number of vCPUs", theirs.vcpus.to_string(), ours.vcpus.to_string());
     differ("memory", ram_text(theirs), ram_text(ours));
-    all.extend(cpuid_differences(&theirs.cpuid, &ours.cpuid));
+    // The count is told: what CPUID says of it as well would hide what else differs.
+    let count_differs = theirs.vcpus != ours.vcpus;
+    all.extend(cpuid_differences(&theirs.cpuid, &ours.cpuid, count_differs));
     all.extend(device_differences(&theirs.devices, &ours.devices));
     all
 }
@@ -174,7 +185,24 @@ fn ram_text(p: &Preamble) -> String {
 
 type CpuidRow = (u32, u32, u32, u32, u32, u32);
 
-fn cpuid_differences(theirs: &[CpuidRow], ours: &[CpuidRow]) -> Vec<String> {
+/// The bits of a leaf's eax, ebx, ecx and edx that follow from how many vCPUs there are (SDM and
+/// APM, CPUID: logical processors, cache sharing, extended topology, APIC id sizes).
+fn bits_of_vcpu_count(function: u32) -> [u32; 4] {
+    match function {
+        // How many logical processors, and the flag that there are several.
+        1 => [0, 0x00ff_0000, 0, 1 << 28],
+        4 => [0xffff_c000, 0, 0, 0],
+        0xb | 0x1f => [u32::MAX; 4],
+        // CmpLegacy.
+        0x8000_0001 => [0, 0, 1 << 1, 0],
+        0x8000_0008 => [0, 0, 0xffff, 0],
+        0x8000_001d => [0x03ff_c000, 0, 0, 0],
+        0x8000_001e => [0, u32::MAX, u32::MAX, 0],
+        _ => [0; 4],
+    }
+}
+
+fn cpuid_differences(theirs: &[CpuidRow], ours: &[CpuidRow], count_differs: bool) -> Vec<String> {
     let table = |rows: &[CpuidRow]| -> BTreeMap<(u32, u32), [u32; 4]> {
         rows.iter().map(|r| ((r.0, r.1), [r.2, r.3, r.4, r.5])).collect()
     };
@@ -185,7 +213,8 @@ fn cpuid_differences(theirs: &[CpuidRow], ours: &[CpuidRow]) -> Vec<String> {
         let (a, b) = (theirs.get(&(function, index)), ours.get(&(function, index)));
         let (a, b) = (a.copied().unwrap_or_default(), b.copied().unwrap_or_default());
         for (i, register) in ["eax", "ebx", "ecx", "edx"].into_iter().enumerate() {
-            if a[i] != b[i] {
+            let told = if count_differs { bits_of_vcpu_count(function)[i] } else { 0 };
+            if (a[i] ^ b[i]) & !told != 0 {
                 all.push(format!(
                     "CPU features (CPUID {function:#x}.{index} {register}): the source has \
                      {:#010x}, the destination {:#010x}",
@@ -266,6 +295,38 @@ mod tests {
     #[test]
     fn equal_machines_do_not_differ() {
         assert!(differences(&preamble(), &preamble()).is_empty());
+    }
+
+    /// CPUID tables as machines of one and of more vCPUs really have them.
+    #[test]
+    fn another_number_of_vcpus_is_one_difference() {
+        use hv::{KvmVm, Vm};
+        let host = match KvmVm::new(std::path::Path::new(hv::kvm::DEFAULT_PATH)) {
+            Ok(vm) => vm.supported_cpuid().unwrap(),
+            Err(e) => {
+                eprintln!("skipped: {e}");
+                return;
+            }
+        };
+        let of = |model: &str, (sockets, cores, threads): (u32, u32, u32)| {
+            let topology = hv::cpu::Topology { sockets, dies: 1, cores, threads };
+            let table = hv::cpu::build(&host, model, &BTreeMap::new(), &topology, 0).unwrap();
+            let rows = table.iter().map(|e| (e.function, e.index, e.eax, e.ebx, e.ecx, e.edx));
+            let vcpus = sockets * cores * threads;
+            Preamble { cpuid: rows.collect(), vcpus, ..preamble() }
+        };
+        for model in ["host", "EPYC-Rome", "Skylake-Server"] {
+            for topology in [(4, 1, 1), (1, 4, 1), (2, 4, 2)] {
+                let all = differences(&of(model, (1, 1, 1)), &of(model, topology));
+                let [only] = &all[..] else { panic!("{model} {topology:?}: {all:?}") };
+                assert!(only.starts_with("number of vCPUs: the source has 1"), "{only}");
+            }
+            // Another difference is told all the same, and so is another topology of as many.
+            let mut fewer = of(model, (2, 1, 1));
+            fewer.cpuid.iter_mut().filter(|r| r.0 == 1).for_each(|r| r.4 ^= 1);
+            assert_eq!(differences(&of(model, (1, 1, 1)), &fewer).len(), 2, "{model}");
+            assert!(!differences(&of(model, (1, 4, 1)), &of(model, (1, 1, 4))).is_empty());
+        }
     }
 
     #[test]

@@ -7,7 +7,8 @@
 //! ```text
 //!   Prelaunch --cont--> Running <--stop/cont--> Paused
 //!                         | quiesce (migration)
-//!                    FinishMigrate --resume--> Running;  --handed_over--> Postmigrate
+//!                    FinishMigrate --resume--> as before; --handed_over--> Postmigrate
+//!                       | the destination is lost: undecided (Paused or Postmigrate) --cont--> Running
 //!   Inmigrate --load, run_held (vCPUs run, devices hold), release_output--> Running
 //! ```
 
@@ -57,6 +58,11 @@ struct Life {
     paused_clock: Option<u64>,
     /// Locks were given up for a hand-over.
     locks_released: bool,
+    /// The state when the migration's quiesce came: back to it if the guest stays.
+    before: RunState,
+    /// A migration ended and the guest may run at the destination or nowhere: only the operator's
+    /// `cont` lets it go on here.
+    undecided: bool,
 }
 
 /// What of the machine itself moves with a migration.
@@ -116,6 +122,8 @@ impl Machine {
             pending: None,
             paused_clock: None,
             locks_released: false,
+            before: state,
+            undecided: false,
         };
         let dirty = parts.vm.dirty(&parts.mem);
         Arc::new(Self { parts, life: Mutex::new(life), dirty })
@@ -192,6 +200,9 @@ impl Machine {
     /// `cont`.
     pub fn cont(&self) -> Result<(), qapi::Error> {
         let mut life = self.life.lock();
+        if life.undecided {
+            return self.take_back(&mut life);
+        }
         match life.state {
             RunState::Running => Ok(()),
             RunState::Prelaunch | RunState::Paused => {
@@ -215,6 +226,33 @@ impl Machine {
                 Err(qapi::Error::generic("Resetting the Virtual Machine is required"))
             }
         }
+    }
+
+    /// The operator says that the guest does not run at the destination: it goes on here, if its
+    /// disks do not say otherwise.
+    fn take_back(&self, life: &mut Life) -> Result<(), qapi::Error> {
+        if life.locks_released {
+            self.take_locks(life).map_err(|e| {
+                qapi::Error::generic(format!(
+                    "The guest may run at the destination, for its disk is in use: {e}"
+                ))
+            })?;
+        }
+        tracing::warn!("cont after a hand-over that was not confirmed: the guest goes on here");
+        life.undecided = false;
+        if life.before == RunState::Shutdown {
+            life.state = life.before;
+            return Err(qapi::Error::generic("Resetting the Virtual Machine is required"));
+        }
+        let pending = life.pending.take();
+        self.thaw_clock(life);
+        self.parts.vcpus.with_all(|_, vcpu| vcpu.notify_paused());
+        self.start(life);
+        // The network may have been told another place.
+        self.parts.virtio.iter().for_each(|v| v.arrived());
+        self.emit("RESUME", None);
+        self.replay(pending);
+        Ok(())
     }
 
     /// `stop`.
@@ -260,6 +298,11 @@ impl Machine {
     pub fn reset(&self, guest: bool, reason: &str) -> Result<(), String> {
         let mut life = self.life.lock();
         match life.state {
+            _ if life.undecided => {
+                return Err("It is not known whether the guest runs at the destination of the \
+                            migration; only if it does not, let it go on here with cont first"
+                    .into());
+            }
             RunState::FinishMigrate => {
                 life.pending = Some(Request::Reset);
                 return Ok(());
@@ -305,6 +348,7 @@ impl Machine {
     pub fn quiesce_for_migration(&self, deadline: Instant) -> Result<(), String> {
         let mut life = self.life.lock();
         life.ran = life.state == RunState::Running;
+        life.before = life.state;
         match life.state {
             RunState::Running | RunState::Paused | RunState::Prelaunch | RunState::Shutdown => {}
             other => return Err(format!("a machine in state {} cannot be moved", other.name())),
@@ -397,6 +441,10 @@ impl Machine {
 
     /// Takes the disk locks; on an error those already taken are given up again.
     pub fn acquire_locks(&self) -> Result<(), String> {
+        self.take_locks(&mut self.life.lock())
+    }
+
+    fn take_locks(&self, life: &mut Life) -> Result<(), String> {
         for (i, disk) in self.parts.disks.iter().enumerate() {
             if let Err(e) = disk.acquire_locks() {
                 for taken in &self.parts.disks[..i] {
@@ -405,16 +453,20 @@ impl Machine {
                 return Err(e);
             }
         }
-        self.life.lock().locks_released = false;
+        life.locks_released = false;
         Ok(())
     }
 
     /// Source: goes on after a migration that did not happen.
     pub fn resume_after_migration(&self) -> Result<(), String> {
-        if self.life.lock().locks_released {
-            self.acquire_locks()?;
-        }
         let mut life = self.life.lock();
+        if life.locks_released
+            && let Err(e) = self.take_locks(&mut life)
+        {
+            life.state = RunState::Paused;
+            life.undecided = true;
+            return Err(e);
+        }
         if life.state != RunState::FinishMigrate {
             return Ok(());
         }
@@ -423,11 +475,25 @@ impl Machine {
             self.start(&mut life);
             self.emit("RESUME", None);
         } else {
-            life.state = RunState::Paused;
+            life.state = life.before;
         }
         drop(life);
         self.replay(pending);
         Ok(())
+    }
+
+    /// Source: nobody knows whether the guest runs at the destination; `cont` is the operator's.
+    pub fn undecided(&self) {
+        let mut life = self.life.lock();
+        life.undecided = true;
+        if life.state == RunState::FinishMigrate {
+            life.state = RunState::Paused;
+        }
+    }
+
+    /// Whether only the operator can say where the guest runs.
+    pub fn is_undecided(&self) -> bool {
+        self.life.lock().undecided
     }
 
     /// Source: the guest runs elsewhere.

@@ -357,11 +357,18 @@ impl Source {
                 self.state = State::Releasing(Link::Asking);
                 self.ask()
             }
-            (Link::Down, Input::Gone | Input::Timeout)
-            | (Link::Asking, Input::Timeout | Input::Msg(Msg::Resolution(_))) => self.unknown(
+            (Link::Down, Input::Gone) => self.unknown(
+                "the guest was handed over, but the destination's process ended before it \
+                 confirmed that the guest's output flows. The guest runs nowhere now, and not \
+                 here by itself, for it may have written to its disks there. If that is borne, \
+                 let it go on here, from where it was stopped, with cont",
+            ),
+            (Link::Down | Link::Asking, Input::Timeout)
+            | (Link::Asking, Input::Msg(Msg::Resolution(_))) => self.unknown(
                 "the guest was handed over, but the destination did not confirm that it lets \
                  the guest's output out, and cannot be asked. It never runs here again by \
-                 itself; look at the destination",
+                 itself; look at the destination. Only if it certainly does not run there, let \
+                 it go on here, from where it was stopped, with cont",
             ),
             (Link::Up, Input::Timeout)
             | (Link::Up | Link::Asking, Input::ControlLost(_) | Input::Msg(_)) => {
@@ -381,7 +388,8 @@ impl Source {
         if self.losses > MAX_LOSSES {
             return self.unknown(
                 "the connection was lost again and again at the hand-over; whether the guest \
-                 runs at the destination is not known. The guest stays paused here",
+                 runs at the destination is not known. The guest stays paused here. Only if it \
+                 does not run there, let it go on here with cont",
             );
         }
         self.state = down;

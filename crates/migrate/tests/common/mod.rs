@@ -23,6 +23,7 @@ pub struct Machine {
     pub output: AtomicBool,
     pub discarded: AtomicBool,
     pub handed_over: AtomicBool,
+    pub undecided: AtomicBool,
     pub vcpus: u32,
     pub fail_locks: AtomicBool,
     pub fail_load: AtomicBool,
@@ -51,6 +52,7 @@ impl Machine {
             output: AtomicBool::new(false),
             discarded: AtomicBool::new(false),
             handed_over: AtomicBool::new(false),
+            undecided: AtomicBool::new(false),
             vcpus: 1,
             fail_locks: AtomicBool::new(false),
             fail_load: AtomicBool::new(false),
@@ -190,6 +192,10 @@ impl Endpoint for Machine {
     }
     fn handed_over(&self) {
         self.handed_over.store(true, Ordering::SeqCst);
+    }
+    fn undecided(&self) {
+        assert!(!self.running());
+        self.undecided.store(true, Ordering::SeqCst);
     }
     fn prepare(&self) -> Result<(), String> {
         Ok(())
