@@ -470,6 +470,11 @@ mod tests {
         for (line, expected) in [
             ("nope", "unknown command: 'nope'\n"),
             ("info nope", "unknown command: 'info nope'\n"),
+            (
+                "info status x",
+                "info status: extraneous characters at the end of line\n\
+                 Try \"help info\" for more information\n",
+            ),
             ("migrate", "migrate: string expected\nTry \"help migrate\" for more information\n"),
             (
                 "stop now",

@@ -58,6 +58,12 @@ pub(super) fn run(c: &Context, words: &[String]) -> Result<String, Error> {
     let Some(info) = INFOS.iter().find(|i| i.name == name) else {
         return Ok(format!("unknown command: 'info {name}'\n"));
     };
+    if words.len() > 1 {
+        return Ok(format!(
+            "info {name}: extraneous characters at the end of line\n\
+             Try \"help info\" for more information\n"
+        ));
+    }
     Ok((info.format)(&c.qmp(info.query, json!({}))?))
 }
 
