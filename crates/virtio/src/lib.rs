@@ -15,4 +15,4 @@ pub mod testing;
 pub use device::{
     ConfigEvents, DeviceTraits, Interrupt, LateInput, QueueIndex, RingPos, RingSetup, VirtioDevice,
 };
-pub use ring::{Chain, Queue, Ring, RingError};
+pub use ring::{Chain, InflightQueue, Queue, Ring, RingError};

@@ -26,12 +26,14 @@
 //!   device then stops the queue and calls [`ConfigEvents::needs_reset`](crate::ConfigEvents).
 
 mod chain;
+mod inflight;
 mod packed;
 mod queue;
 mod raw;
 mod split;
 
 pub use chain::{Chain, MAX_SEGMENTS};
+pub use inflight::InflightQueue;
 pub use queue::Queue;
 
 use packed::PackedRing;
@@ -107,6 +109,13 @@ impl Ring {
         } else {
             Format::Split(SplitRing::new(setup)?)
         }))
+    }
+
+    /// Notes from now on in `table` what is in flight, and has the next pops give what the table
+    /// says an earlier process took and did not use, before anything new. Right after
+    /// [`new`](Self::new), with the position that the table was opened with.
+    pub fn track(&mut self, table: InflightQueue) {
+        each!(&mut self.0, r => r.track(table));
     }
 
     /// Entries.

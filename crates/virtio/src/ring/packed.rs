@@ -80,6 +80,7 @@ pub struct PackedRing {
     /// Whether it was ever considered.
     signalled: bool,
     kicks_off: bool,
+    inflight: Option<super::InflightQueue>,
 }
 
 impl PackedRing {
@@ -107,7 +108,12 @@ impl PackedRing {
             unsignalled: 0,
             signalled: false,
             kicks_off: true,
+            inflight: None,
         })
+    }
+
+    pub fn track(&mut self, table: super::InflightQueue) {
+        self.inflight = Some(table);
     }
 
     pub fn size(&self) -> u16 {

@@ -36,6 +36,7 @@ pub struct SplitRing {
     /// `published` when the driver was last considered for an interrupt; `None`: never.
     signalled: Option<u16>,
     kicks_off: bool,
+    inflight: Option<super::InflightQueue>,
 }
 
 impl SplitRing {
@@ -61,7 +62,12 @@ impl SplitRing {
             published: pos.used,
             signalled: None,
             kicks_off: true,
+            inflight: None,
         })
+    }
+
+    pub fn track(&mut self, table: super::InflightQueue) {
+        self.inflight = Some(table);
     }
 
     pub fn size(&self) -> u16 {
