@@ -18,6 +18,7 @@ pub mod qmp;
 pub mod report;
 pub mod svg;
 pub mod testbed;
+pub mod tiny;
 pub mod vmm;
 
 pub use error::{Error, Result};

@@ -18,6 +18,8 @@ mod driver;
 mod elf;
 mod endpoint;
 mod features;
+#[cfg(test)]
+mod hammer;
 mod interrupts;
 mod io;
 mod layout;

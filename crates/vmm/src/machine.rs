@@ -30,6 +30,7 @@ use serde_json::json;
 use state::{Quiesced, Running, SavedState, Section, Sections, UnitSet};
 
 use crate::disks::Disk;
+use crate::io::IoSpace;
 use crate::nics::Nic;
 use crate::power_on::PowerOn;
 use crate::runstate::RunState;
@@ -89,6 +90,7 @@ pub struct Parts {
     pub spec: spec::Machine,
     pub vm: Arc<dyn Vm>,
     pub mem: GuestMemory,
+    pub io: Arc<IoSpace>,
     pub pci: Arc<PciRoot>,
     pub pm: Arc<AcpiPm>,
     pub vcpus: Vcpus,
@@ -316,6 +318,7 @@ impl Machine {
         if let Some(Units::Quiesced(units)) = &mut life.units {
             units.reset();
         }
+        self.parts.pci.assign_again();
         self.parts.power_on.run(&self.parts.vcpus)?;
         self.emit("RESET", Some(json!({"guest": guest, "reason": reason})));
         match life.state {

@@ -389,6 +389,18 @@ impl PciRoot {
         Ok(())
     }
 
+    /// After a reset of all functions: what [`assign`](Self::assign) did, again. Done at the latest
+    /// when the machine resumes; one that is saved before must be given its addresses earlier.
+    pub fn assign_again(&self) {
+        let again = {
+            let mut tree = self.tree.lock();
+            std::mem::take(&mut tree.assign_on_resume).then_some(tree.windows).flatten()
+        };
+        if let Some(Err(e)) = again.map(|w| self.assign(w)) {
+            tracing::error!("PCI resources after reset: {e}");
+        }
+    }
+
     /// Looks at all BARs again.
     pub fn relayout(&self) {
         let tree = self.tree.lock();
@@ -563,13 +575,7 @@ impl Shared for PciRoot {
     }
 
     fn resume(&self) {
-        let again = {
-            let mut tree = self.tree.lock();
-            std::mem::take(&mut tree.assign_on_resume).then_some(tree.windows).flatten()
-        };
-        if let Some(Err(e)) = again.map(|w| self.assign(w)) {
-            tracing::error!("PCI resources after reset: {e}");
-        }
+        self.assign_again();
         self.relayout();
     }
 
