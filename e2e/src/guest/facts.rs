@@ -37,6 +37,9 @@ pub struct Facts {
     pub discard: Option<String>,
     /// Bytes of memory, as the kernel says.
     pub memory_kib: u64,
+    /// What of /proc/interrupts is virtio's: a line an interrupt.
+    #[serde(default)]
+    pub interrupts: Vec<String>,
 }
 
 fn names(dir: &str) -> impl Iterator<Item = String> {
@@ -108,6 +111,12 @@ pub fn collect(discarded: Option<&str>) -> Facts {
         random: random().unwrap_or_default(),
         discard: discarded
             .map(|path| discard(path).map_or_else(|e| e.to_string(), |()| "good".to_owned())),
+        interrupts: fs::read_to_string("/proc/interrupts")
+            .unwrap_or_default()
+            .lines()
+            .filter(|l| l.contains("virtio"))
+            .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
+            .collect(),
         memory_kib: total.split_whitespace().next().and_then(|n| n.parse().ok()).unwrap_or(0),
     }
 }
