@@ -39,9 +39,12 @@ pub(super) struct Token {
     pub id: u16,
     /// Ring entries that it takes: 1 (split) or the number of descriptors (packed).
     pub entries: u16,
-    /// Avail position before and after it was popped, as in `RingPos`.
+    /// Avail position before and after it was popped, as in `RingPos`; the same if it was taken by
+    /// an earlier process.
     pub before: u16,
     pub after: u16,
+    /// Its entry in the in-flight table, if there is one.
+    pub slot: u16,
 }
 
 // SAFETY: the raw pointers point into guest RAM that `mem` keeps alive and that any thread may
@@ -227,6 +230,14 @@ impl Chain {
             self.readable = self.iov.len();
         }
         Ok(())
+    }
+
+    /// Adds a descriptor of a packed ring, direct or not, as an in-flight table has kept it.
+    pub(super) fn add_packed(&mut self, mem: &GuestMemory, d: &RawDesc) -> Result<(), RingError> {
+        if d.at14 & DESC_INDIRECT != 0 {
+            return self.add_indirect(mem, d.addr, d.len, false);
+        }
+        self.add(mem, d.addr, d.len, d.at14 & DESC_WRITE != 0)
     }
 
     /// Adds the buffers of an indirect table. `split` tables are linked by `next`, packed ones are

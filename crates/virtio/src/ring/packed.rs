@@ -9,6 +9,7 @@ use std::sync::atomic::{Ordering, fence};
 use mem::GuestMemory;
 
 use super::chain::{Chain, Token};
+use super::inflight::Pending;
 use super::raw::{DESC_INDIRECT, DESC_NEXT, DESC_SIZE, DESC_WRITE, DescTable, EventArea};
 use super::{MAX_QUEUE_SIZE, RingError, crossed};
 use crate::device::{RingPos, RingSetup};
@@ -80,7 +81,7 @@ pub struct PackedRing {
     /// Whether it was ever considered.
     signalled: bool,
     kicks_off: bool,
-    inflight: Option<super::InflightQueue>,
+    inflight: Option<Box<super::InflightQueue>>,
 }
 
 impl PackedRing {
@@ -113,7 +114,7 @@ impl PackedRing {
     }
 
     pub fn track(&mut self, table: super::InflightQueue) {
-        self.inflight = Some(table);
+        self.inflight = Some(Box::new(table));
     }
 
     pub fn size(&self) -> u16 {
@@ -128,7 +129,35 @@ impl PackedRing {
     pub fn has_work(&mut self) -> bool {
         let flags = self.desc.packed_flags(self.next_avail.index, Ordering::Acquire);
         let (avail, used) = (flags & DESC_AVAIL != 0, flags & DESC_USED != 0);
-        avail == self.next_avail.wrap && used != self.next_avail.wrap
+        let there = avail == self.next_avail.wrap && used != self.next_avail.wrap;
+        there || self.to_resubmit().is_some()
+    }
+
+    #[inline]
+    fn to_resubmit(&self) -> Option<Pending> {
+        self.inflight.as_ref()?.resubmit.front().copied()
+    }
+
+    /// Takes what an earlier process had taken; it counts as taken already.
+    #[cold]
+    fn resubmit(&mut self, pending: Pending, chain: &mut Chain) -> Result<bool, RingError> {
+        chain.begin(&self.mem);
+        if let Some(table) = &mut self.inflight {
+            table.fill(pending, chain, &self.mem)?;
+            table.resubmit.pop_front();
+        }
+        let Pending { slot, id, entries } = pending;
+        let at = self.next_avail.bits();
+        chain.token = Token { id, entries, before: at, after: at, slot };
+        Ok(true)
+    }
+
+    /// Notes the chain of `entries` descriptors at the avail position; returns its entry.
+    #[cold]
+    fn note_taken(&mut self, entries: u16) -> u16 {
+        let (desc, at, size) = (&self.desc, self.next_avail, self.size);
+        let descriptors = (0..entries).filter_map(|i| desc.get(at.advance(i, size).index));
+        self.inflight.as_mut().map_or(0, |table| table.take_packed(descriptors))
     }
 
     #[inline]
@@ -136,12 +165,16 @@ impl PackedRing {
         if !self.has_work() {
             return Ok(false);
         }
+        if let Some(pending) = self.to_resubmit() {
+            return self.resubmit(pending, chain);
+        }
         chain.begin(&self.mem);
         let (id, entries) = self.walk(chain)?;
         let before = self.next_avail.bits();
+        let slot = if self.inflight.is_some() { self.note_taken(entries) } else { 0 };
         self.next_avail = self.next_avail.advance(entries, self.size);
         self.taken += entries;
-        chain.token = Token { id, entries, before, after: self.next_avail.bits() };
+        chain.token = Token { id, entries, before, after: self.next_avail.bits(), slot };
         Ok(true)
     }
 
@@ -179,9 +212,20 @@ impl PackedRing {
     }
 
     pub fn unpop(&mut self, chain: &Chain) -> Result<(), RingError> {
-        let Token { entries, before, after, .. } = chain.token;
+        let Token { id, entries, before, after, slot } = chain.token;
         if after != self.next_avail.bits() || entries == 0 || entries > self.taken {
             return Err(RingError::Unpop);
+        }
+        if before == after {
+            let Some(table) = &mut self.inflight else { return Err(RingError::Unpop) };
+            table.resubmit.push_front(Pending { slot, id, entries });
+            return Ok(());
+        }
+        if self.inflight.is_some() {
+            self.publish(); // the table cannot have a batch open over this
+        }
+        if let Some(table) = &mut self.inflight {
+            table.untake(slot);
         }
         self.next_avail = Pos::from_bits(before, self.size)?;
         self.taken -= entries;
@@ -199,6 +243,9 @@ impl PackedRing {
             flags |= DESC_WRITE;
         }
         self.desc.set_packed_used(at.index, id, written);
+        if let Some(table) = &mut self.inflight {
+            table.done(chain.token.slot);
+        }
         // The driver looks at the first one of a batch: while that is hidden, so are the others.
         match self.first {
             None => self.first = Some((at.index, flags)),
@@ -219,8 +266,14 @@ impl PackedRing {
 
     #[inline]
     pub fn publish(&mut self) {
-        if let Some((index, flags)) = self.first.take() {
-            self.write_flags(index, flags);
+        let Some((index, flags)) = self.first.take() else { return };
+        let used = self.next_used.bits();
+        if let Some(table) = &mut self.inflight {
+            table.prepare(used);
+        }
+        self.write_flags(index, flags);
+        if let Some(table) = &mut self.inflight {
+            table.commit(used);
         }
     }
 

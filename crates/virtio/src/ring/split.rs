@@ -9,6 +9,7 @@ use std::sync::atomic::{Ordering, fence};
 use mem::GuestMemory;
 
 use super::chain::{Chain, Token};
+use super::inflight::Pending;
 use super::raw::{AvailRing, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, DescTable, UsedRing};
 use super::{MAX_QUEUE_SIZE, RingError, crossed};
 use crate::device::{RingPos, RingSetup};
@@ -36,7 +37,7 @@ pub struct SplitRing {
     /// `published` when the driver was last considered for an interrupt; `None`: never.
     signalled: Option<u16>,
     kicks_off: bool,
-    inflight: Option<super::InflightQueue>,
+    inflight: Option<Box<super::InflightQueue>>,
 }
 
 impl SplitRing {
@@ -67,7 +68,7 @@ impl SplitRing {
     }
 
     pub fn track(&mut self, table: super::InflightQueue) {
-        self.inflight = Some(table);
+        self.inflight = Some(Box::new(table));
     }
 
     pub fn size(&self) -> u16 {
@@ -83,13 +84,34 @@ impl SplitRing {
         if self.next_avail == self.avail_seen {
             self.avail_seen = self.avail.idx();
         }
-        self.next_avail != self.avail_seen
+        self.next_avail != self.avail_seen || self.to_resubmit().is_some()
+    }
+
+    #[inline]
+    fn to_resubmit(&self) -> Option<Pending> {
+        self.inflight.as_ref()?.resubmit.front().copied()
+    }
+
+    /// Takes what an earlier process had taken; it counts as taken already.
+    #[cold]
+    fn resubmit(&mut self, pending: Pending, chain: &mut Chain) -> Result<bool, RingError> {
+        chain.begin(&self.mem);
+        self.walk(pending.slot, chain)?;
+        let (id, at) = (pending.slot, self.next_avail);
+        chain.token = Token { id, entries: 1, before: at, after: at, slot: id };
+        if let Some(table) = &mut self.inflight {
+            table.resubmit.pop_front();
+        }
+        Ok(true)
     }
 
     #[inline]
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
         if !self.has_work() {
             return Ok(false);
+        }
+        if let Some(pending) = self.to_resubmit() {
+            return self.resubmit(pending, chain);
         }
         // There are at most `size` entries in all: those that wait and those taken. An index that
         // the driver moved backwards looks like a great many that wait.
@@ -104,7 +126,10 @@ impl SplitRing {
         self.walk(head, chain)?;
         let before = self.next_avail;
         self.next_avail = before.wrapping_add(1);
-        chain.token = Token { id: head, entries: 1, before, after: self.next_avail };
+        chain.token = Token { id: head, entries: 1, before, after: self.next_avail, slot: head };
+        if let Some(table) = &mut self.inflight {
+            table.take(head);
+        }
         Ok(true)
     }
 
@@ -138,7 +163,16 @@ impl SplitRing {
         if chain.token.after != self.next_avail || chain.token.entries != 1 || self.taken() == 0 {
             return Err(RingError::Unpop);
         }
+        if chain.token.before == chain.token.after {
+            let Some(table) = &mut self.inflight else { return Err(RingError::Unpop) };
+            let slot = chain.token.slot;
+            table.resubmit.push_front(Pending { slot, id: slot, entries: 1 });
+            return Ok(());
+        }
         self.next_avail = chain.token.before;
+        if let Some(table) = &mut self.inflight {
+            table.untake(chain.token.slot);
+        }
         Ok(())
     }
 
@@ -146,6 +180,9 @@ impl SplitRing {
     pub fn push(&mut self, chain: &Chain, written: u32) {
         debug_assert!(self.taken() > 0, "a chain was pushed that was not popped");
         self.used.set_entry(self.next_used, chain.token.id, written);
+        if let Some(table) = &mut self.inflight {
+            table.done(chain.token.slot);
+        }
         self.next_used = self.next_used.wrapping_add(1);
     }
 
@@ -158,7 +195,13 @@ impl SplitRing {
         if self.mem.is_recording() {
             self.used.mark_entries(&self.mem, self.published, count);
         }
+        if let Some(table) = &mut self.inflight {
+            table.prepare(self.next_used);
+        }
         self.used.set_idx(&self.mem, self.next_used);
+        if let Some(table) = &mut self.inflight {
+            table.commit(self.next_used);
+        }
         self.published = self.next_used;
     }
 
