@@ -586,6 +586,8 @@ impl Driver {
         self.inner.events.pass(number);
         if number == 1 {
             stats.mark("active");
+            // Until it was measured, what is allowed, as in QEMU.
+            stats.slow.lock().expected_downtime = Some(shared.params.downtime_limit());
             self.inner.set_status(Status::Active);
         }
         self.unsent = self.jobs.len();

@@ -20,6 +20,10 @@ const fn text(name: &'static str) -> Arg {
     Arg { name, ty: Type::Str, optional: true }
 }
 
+const fn flag(name: &'static str) -> Arg {
+    Arg { name, ty: Type::Bool, optional: true }
+}
+
 /// The arguments of `migrate-set-parameters` and the members of `query-migrate-parameters`.
 pub const ARGUMENTS: &[Arg] = &[
     int("announce-initial"),
@@ -28,17 +32,26 @@ pub const ARGUMENTS: &[Arg] = &[
     int("announce-step"),
     int("compress-level"),
     int("compress-threads"),
+    flag("compress-wait-thread"),
     int("decompress-threads"),
+    int("throttle-trigger-threshold"),
     int("cpu-throttle-initial"),
     int("cpu-throttle-increment"),
+    flag("cpu-throttle-tailslow"),
     text("tls-creds"),
     text("tls-hostname"),
+    text("tls-authz"),
     int("max-bandwidth"),
     int("downtime-limit"),
-    Arg { name: "block-incremental", ty: Type::Bool, optional: true },
+    int("x-checkpoint-delay"),
+    flag("block-incremental"),
     int("multifd-channels"),
     int("xbzrle-cache-size"),
     int("max-postcopy-bandwidth"),
+    int("max-cpu-throttle"),
+    text("multifd-compression"),
+    int("multifd-zlib-level"),
+    int("multifd-zstd-level"),
 ];
 
 /// Values of the fixed parameters.
@@ -50,15 +63,24 @@ fn fixed() -> Vec<(&'static str, Value)> {
         ("announce-step", json!(100)),
         ("compress-level", json!(1)),
         ("compress-threads", json!(8)),
+        ("compress-wait-thread", json!(true)),
         ("decompress-threads", json!(2)),
+        ("throttle-trigger-threshold", json!(50)),
         ("cpu-throttle-initial", json!(20)),
         ("cpu-throttle-increment", json!(10)),
+        ("cpu-throttle-tailslow", json!(false)),
         ("tls-creds", json!("")),
         ("tls-hostname", json!("")),
+        ("tls-authz", json!("")),
+        ("x-checkpoint-delay", json!(20_000)),
         ("block-incremental", json!(false)),
         ("multifd-channels", json!(2)),
         ("xbzrle-cache-size", json!(67_108_864)),
         ("max-postcopy-bandwidth", json!(0)),
+        ("max-cpu-throttle", json!(99)),
+        ("multifd-compression", json!("none")),
+        ("multifd-zlib-level", json!(1)),
+        ("multifd-zstd-level", json!(1)),
     ]
 }
 

@@ -78,6 +78,7 @@ pub fn build(
         spec: spec.clone(),
         vm,
         mem,
+        #[cfg(test)]
         io,
         pci,
         pm,

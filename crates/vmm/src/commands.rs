@@ -128,11 +128,13 @@ fn cpus(machine: &Machine) -> Value {
         let core = index / smp.threads % smp.cores;
         let die = index / (smp.threads * smp.cores) % smp.dies;
         let socket = index / (smp.threads * smp.cores * smp.dies);
+        let mut props = json!({"socket-id": socket, "core-id": core, "thread-id": thread});
+        if smp.dies > 1 {
+            props["die-id"] = json!(die);
+        }
         json!({
             "thread-id": tid,
-            "props": {
-                "socket-id": socket, "die-id": die, "core-id": core, "thread-id": thread,
-            },
+            "props": props,
             "qom-path": format!("/machine/unattached/device[{i}]"),
             "cpu-index": i,
             "target": "x86_64",

@@ -77,7 +77,10 @@ impl Disk {
 
     /// Its entry in `query-block`.
     pub fn describe(&self) -> Value {
+        use std::os::unix::fs::MetadataExt;
         let file = self.path.display().to_string();
+        // Blocks of 512 bytes, whatever the file system's are (stat(2)); a device takes no room.
+        let allocated = std::fs::metadata(&self.path).map_or(0, |m| m.blocks() * 512);
         json!({
             "device": "",
             "qdev": format!("/machine/peripheral/{}/virtio-backend", self.device),
@@ -104,6 +107,7 @@ impl Disk {
                     "filename": file,
                     "format": "raw",
                     "virtual-size": self.image.len(),
+                    "actual-size": allocated,
                     "dirty-flag": false,
                 },
             },

@@ -30,6 +30,7 @@ use serde_json::json;
 use state::{Quiesced, Running, SavedState, Section, Sections, UnitSet};
 
 use crate::disks::Disk;
+#[cfg(test)]
 use crate::io::IoSpace;
 use crate::nics::Nic;
 use crate::power_on::PowerOn;
@@ -78,6 +79,10 @@ struct MachineState {
     /// Nanoseconds on the guest's clock when it was paused, if it is.
     #[n(2)]
     paused_clock: Option<u64>,
+    /// Of a guest that does not run: as what it stands still. Nothing or 0 paused, 1 before its
+    /// first instruction, 2 powered off.
+    #[n(3)]
+    stopped_as: Option<u8>,
 }
 
 impl SavedState for MachineState {
@@ -90,6 +95,8 @@ pub struct Parts {
     pub spec: spec::Machine,
     pub vm: Arc<dyn Vm>,
     pub mem: GuestMemory,
+    /// The vCPUs have it; here it is for tests that act as a guest.
+    #[cfg(test)]
     pub io: Arc<IoSpace>,
     pub pci: Arc<PciRoot>,
     pub pm: Arc<AcpiPm>,
@@ -321,10 +328,11 @@ impl Machine {
         self.parts.pci.assign_again();
         self.parts.power_on.run(&self.parts.vcpus)?;
         self.emit("RESET", Some(json!({"guest": guest, "reason": reason})));
-        match life.state {
-            _ if ran => self.start(&mut life),
-            RunState::Shutdown | RunState::InternalError => life.state = RunState::Paused,
-            _ => {}
+        if ran {
+            self.start(&mut life);
+        } else {
+            // As if it had never run, so the clock has nothing to go on from.
+            life.state = RunState::Prelaunch;
         }
         Ok(())
     }
@@ -376,7 +384,13 @@ impl Machine {
             Some(Request::Shutdown) => 2,
             _ => 0,
         };
-        let machine = MachineState { running: life.ran, pending, paused_clock: life.paused_clock };
+        let stopped_as = match life.before {
+            RunState::Prelaunch => Some(1),
+            RunState::Shutdown => Some(2),
+            _ => None,
+        };
+        let paused_clock = life.paused_clock;
+        let machine = MachineState { running: life.ran, pending, paused_clock, stopped_as };
         let mut sections = vec![Section::encode("machine", &machine).map_err(text)?];
         sections.push(self.parts.vm.save_clock("clock").map_err(text)?);
         for vcpu in self.parts.vcpus.with_all(|i, vcpu| vcpu.save(&format!("vcpu.{i}"))) {
@@ -426,6 +440,12 @@ impl Machine {
         // vCPUs run before the devices do: their BARs and doorbells must be in place by then.
         self.parts.pci.relayout();
         life.ran = machine.running;
+        life.before = match machine.stopped_as {
+            None | Some(0) => RunState::Paused,
+            Some(1) => RunState::Prelaunch,
+            Some(2) => RunState::Shutdown,
+            Some(other) => return Err(format!("section machine: state {other} is unknown")),
+        };
         life.paused_clock = machine.paused_clock;
         life.pending = match machine.pending {
             0 => None,
@@ -528,7 +548,7 @@ impl Machine {
             {
                 tracing::error!("stop after migration: {e}");
             }
-            life.state = RunState::Paused;
+            life.state = if life.ran { RunState::Paused } else { life.before };
         }
         drop(life);
         self.replay(pending);

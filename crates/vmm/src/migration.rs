@@ -157,12 +157,16 @@ impl Migration {
 
     /// `query-migrate`.
     pub fn query(&self) -> Value {
-        let info = match &self.state.lock().current {
-            Current::None => MigrationInfo::default(),
-            Current::Outgoing(h) => h.info(),
-            Current::Incoming(i) => i.info(),
+        let (info, listening) = match &self.state.lock().current {
+            Current::None => (MigrationInfo::default(), None),
+            Current::Outgoing(h) => (h.info(), None),
+            Current::Incoming(i) => (i.info(), (!i.status().is_final()).then(|| i.uri())),
         };
-        serde_json::to_value(info).unwrap_or_else(|_| json!({}))
+        let mut reply = serde_json::to_value(info).unwrap_or_else(|_| json!({}));
+        if let Some(uri) = listening {
+            reply["socket-address"] = json!([socket_address(&uri)]);
+        }
+        reply
     }
 
     /// `migrate-set-parameters`; effective at once, also in a running migration.
@@ -192,6 +196,18 @@ impl Migration {
     /// `query-migrate-capabilities`.
     pub fn capabilities(&self) -> Value {
         self.state.lock().capabilities.to_json()
+    }
+}
+
+/// Where a destination listens, as QEMU's SocketAddress (qapi/sockets.json).
+fn socket_address(uri: &Uri) -> Value {
+    match uri {
+        Uri::Tcp { host, port } => {
+            let host = if host.is_empty() { "::" } else { host };
+            let family = if host.contains(':') { "ipv6" } else { "ipv4" };
+            json!({"type": "inet", "host": host, "port": port.to_string(), family: true})
+        }
+        Uri::Unix { path } => json!({"type": "unix", "path": path}),
     }
 }
 

@@ -25,15 +25,18 @@ fn function(all: &[FunctionInfo], f: &FunctionInfo, depth: usize) -> Value {
         "slot": f.bdf.slot,
         "function": f.bdf.function,
         "class_info": { "desc": class_name(f.class), "class": f.class },
-        "id": {
-            "device": f.device, "vendor": f.vendor,
-            "subsystem-vendor": f.subsystem.0, "subsystem": f.subsystem.1,
-        },
+        "id": { "device": f.device, "vendor": f.vendor },
         "irq_pin": f.interrupt_pin,
-        "irq": f.interrupt_line,
         "qdev_id": f.name,
         "regions": f.bars.iter().map(bar).collect::<Value>(),
     });
+    if f.interrupt_pin != 0 {
+        v["irq"] = json!(f.interrupt_line);
+    }
+    if f.bridge.is_none() {
+        v["id"]["subsystem-vendor"] = json!(f.subsystem.0);
+        v["id"]["subsystem"] = json!(f.subsystem.1);
+    }
     if let Some(b) = &f.bridge {
         let range = |w: Option<Window>| {
             let w = w.unwrap_or(Window { base: 0, limit: 0 });

@@ -138,13 +138,15 @@ fn parameters(v: &Value) -> String {
     let mut out = String::new();
     for (name, value) in v.as_object().into_iter().flatten() {
         let unit = match name.as_str() {
-            "announce-initial" | "announce-max" | "announce-step" | "downtime-limit" => " ms",
+            "announce-initial" | "announce-max" | "announce-step" | "downtime-limit"
+            | "x-checkpoint-delay" => " ms",
             "max-bandwidth" | "max-postcopy-bandwidth" => " bytes/second",
             "xbzrle-cache-size" => " bytes",
             _ => "",
         };
         let value = match value {
-            Value::String(s) => format!("'{s}'"),
+            Value::String(s) if name.starts_with("tls-") => format!("'{s}'"),
+            Value::String(s) => s.clone(),
             Value::Bool(b) => if *b { "on" } else { "off" }.into(),
             other => other.to_string(),
         };
