@@ -17,6 +17,9 @@ mod qemu;
 mod run;
 mod runtime_dir;
 mod stop;
+mod switch;
+mod switch_show;
+mod switch_top;
 mod units;
 
 use std::ffi::{OsStr, OsString};
@@ -66,6 +69,8 @@ enum Command {
     Kill(kill::Args),
     /// Move a running VM to another process or host
     Migrate(migrate::Args),
+    /// Run a virtual switch, or talk to one
+    Switch(switch::Args),
     /// Show what this host has of what VMs need
     Doctor(doctor::Args),
 }
@@ -114,6 +119,7 @@ fn dispatch(command: Command) -> i32 {
         Command::Stop(args) => stop::run(&args),
         Command::Kill(args) => kill::run(&args),
         Command::Migrate(args) => migrate::run(&args),
+        Command::Switch(args) => switch::run(&args),
         Command::Doctor(args) => Ok(doctor::run(&args)),
     };
     outcome.unwrap_or_else(|error| {

@@ -305,7 +305,7 @@ pub fn check_name(name: &str) -> Result<(), Error> {
 }
 
 /// The directory of all runtime directories.
-fn base() -> PathBuf {
+pub fn base() -> PathBuf {
     // SAFETY: no arguments, cannot fail.
     if unsafe { libc::geteuid() } == 0 {
         return "/run/tern".into();

@@ -42,6 +42,11 @@ pub struct Tap {
 }
 
 impl Tap {
+    /// Frames written, frames left out because the disk was too slow.
+    pub fn progress(&self) -> (u64, u64) {
+        (self.written.load(Ordering::Relaxed), self.lost.load(Ordering::Relaxed))
+    }
+
     /// Notes a frame. Only poll thread `thread` may call it with its number.
     pub fn frame(&self, thread: usize, direction: Direction, prefix: &[u8], rest: Source<'_>) {
         let wanted = match direction {
@@ -105,11 +110,6 @@ impl Capture {
             }
         })?;
         Ok(Self { tap, path: path.to_owned(), writer: Some(writer) })
-    }
-
-    /// Frames written, frames left out because the disk was too slow.
-    pub fn progress(&self) -> (u64, u64) {
-        (self.tap.written.load(Ordering::Relaxed), self.tap.lost.load(Ordering::Relaxed))
     }
 }
 

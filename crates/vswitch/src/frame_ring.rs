@@ -189,7 +189,7 @@ mod tests {
         let body = vec![0; 60_000];
         let count = (0..10).filter(|_| with_bytes(&body, |b| ring.push(&[0; 16], &[], b))).count();
         assert_eq!(count, 4);
-        assert_eq!(ring.pop(<[_]>::len), Some(4));
-        assert_eq!(ring.pop(<[_]>::len), None);
+        assert_eq!(ring.pop(|r| r.len()), Some(4));
+        assert_eq!(ring.pop(|r| r.len()), None);
     }
 }

@@ -10,19 +10,33 @@
 
 pub mod burst;
 pub mod capture;
+pub mod commands;
+pub mod config;
+pub mod control;
 pub mod copy;
 pub mod counters;
+mod error;
 pub mod fdb;
 pub mod forward;
 pub mod frame_ring;
 pub mod header;
 pub mod limit;
 pub mod output;
+pub mod port;
 pub mod queue;
 pub mod segment;
 pub mod shared;
+pub mod switch;
+pub mod sys;
 pub mod table;
 pub mod tap_queue;
+mod threads;
+pub mod vhost_port;
 pub mod vhost_queue;
 pub mod vlan;
 pub mod worker;
+
+pub use config::{Config, PortSpec};
+pub use control::Server;
+pub use error::{Error, Result};
+pub use switch::Switch;

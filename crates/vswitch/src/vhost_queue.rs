@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use net::Offloads;
 use virtio::features::{VIRTIO_F_VERSION_1, has};
-use virtio::{Chain, Interrupt, Ring, RingError, RingPos, RingSetup};
+use virtio::{Chain, InflightQueue, Interrupt, Ring, RingError, RingPos, RingSetup};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::burst::{BURST, Burst, MAX_FRAME, MIN_FRAME};
@@ -63,8 +63,11 @@ pub fn accepts(features: u64) -> Offloads {
 }
 
 /// Makes a ring that asks for no kicks.
-fn quiet_ring(setup: &RingSetup) -> Result<Ring, RingError> {
+fn quiet_ring(setup: &RingSetup, inflight: Option<InflightQueue>) -> Result<Ring, RingError> {
     let mut ring = Ring::new(setup)?;
+    if let Some(table) = inflight {
+        ring.track(table);
+    }
     // The driver's memory still says what the last owner wanted.
     ring.enable_kicks();
     ring.disable_kicks();
@@ -87,9 +90,9 @@ impl RxRing {
     ///
     /// # Errors
     /// As [`Ring::new`].
-    pub fn new(setup: RingSetup) -> Result<Self, RingError> {
+    pub fn new(setup: RingSetup, inflight: Option<InflightQueue>) -> Result<Self, RingError> {
         Ok(Self {
-            ring: quiet_ring(&setup)?,
+            ring: quiet_ring(&setup, inflight)?,
             header_len: header_len(setup.features),
             kick: setup.kick,
             call: setup.call,
@@ -227,9 +230,9 @@ impl TxRing {
     ///
     /// # Errors
     /// As [`Ring::new`].
-    pub fn new(setup: &RingSetup) -> Result<Self, RingError> {
+    pub fn new(setup: &RingSetup, inflight: Option<InflightQueue>) -> Result<Self, RingError> {
         Ok(Self {
-            ring: quiet_ring(setup)?,
+            ring: quiet_ring(setup, inflight)?,
             header_len: header_len(setup.features),
             accepts: accepts(setup.features),
             mergeable: has(setup.features, feature::MRG_RXBUF),

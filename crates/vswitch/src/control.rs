@@ -1,0 +1,387 @@
+//! The control thread: one loop over everything that is not a frame. Ports' sockets, the control
+//! socket, Prometheus, faults that poll threads report, time.
+//!
+//! Control speaks JSON, one object a line: `{"command": "...", "arguments": {...}}`, answered by
+//! `{"return": ...}` or `{"error": "a sentence"}`, in order.
+
+use std::collections::HashMap;
+use std::io::{self, Read, Write};
+use std::net::TcpListener;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::port::{Kind, Link, RETRY, listen};
+use crate::switch::Switch;
+use crate::table::PortId;
+use crate::{Config, Error, Result, commands};
+
+/// Longest request line, and most bytes that wait for a slow reader.
+const MAX_LINE: usize = 1 << 20;
+const MAX_WAITING: usize = 64 << 20;
+/// Most clients at once.
+const MAX_CLIENTS: usize = 64;
+/// How often time goes on.
+const TICK: Duration = Duration::from_millis(100);
+/// Most messages taken from one port before others have a turn.
+const EVENTS: usize = 64;
+
+const FAULT: u64 = 1;
+const CONTROL: u64 = 2;
+const METRICS: u64 = 3;
+const STOP: u64 = 4;
+const PORT: u64 = 1 << 32;
+const CLIENT: u64 = 2 << 32;
+
+trait Stream: Read + Write + AsRawFd {}
+impl<T: Read + Write + AsRawFd> Stream for T {}
+
+/// One client: of the control socket, or one that asks for metrics by HTTP.
+struct Client {
+    stream: Box<dyn Stream>,
+    http: bool,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    /// Nothing more is read; it ends when `output` is written.
+    ending: bool,
+    writing: bool,
+}
+
+/// The switch with its control socket.
+pub struct Server {
+    pub switch: Switch,
+    epoll: Epoll,
+    control: UnixListener,
+    path: PathBuf,
+    metrics: Option<TcpListener>,
+    clients: HashMap<u32, Client>,
+    next_client: u32,
+    /// What is watched for each port.
+    watched: HashMap<PortId, RawFd>,
+    broken: usize,
+    quit: bool,
+}
+
+impl Server {
+    /// Starts a switch and listens on `control`.
+    ///
+    /// # Errors
+    /// A sentence that names what cannot be.
+    pub fn new(config: &Config, control: &Path) -> Result<Self> {
+        let shown = control.display();
+        let listener = listen(control).map_err(|e| {
+            Error::Config(format!("cannot listen on control socket '{shown}': {e}"))
+        })?;
+        let metrics = match &config.metrics {
+            Some(address) => {
+                let l = TcpListener::bind(address).map_err(|e| {
+                    Error::Config(format!("metrics: cannot listen on '{address}': {e}"))
+                })?;
+                l.set_nonblocking(true).map_err(Error::host("metrics"))?;
+                Some(l)
+            }
+            None => None,
+        };
+        let switch = Switch::start(config).inspect_err(|_| {
+            let _ = std::fs::remove_file(control);
+        })?;
+        let mut server = Self {
+            epoll: Epoll::new().map_err(Error::host("epoll"))?,
+            control: listener,
+            path: control.to_owned(),
+            metrics,
+            clients: HashMap::new(),
+            next_client: 0,
+            watched: HashMap::new(),
+            broken: mem::sigbus::broken_count(),
+            quit: false,
+            switch,
+        };
+        server.watch(server.switch.shared.fault_event.as_raw_fd(), FAULT)?;
+        server.watch(server.control.as_raw_fd(), CONTROL)?;
+        if let Some(fd) = server.metrics.as_ref().map(AsRawFd::as_raw_fd) {
+            server.watch(fd, METRICS)?;
+        }
+        server.follow_ports();
+        Ok(server)
+    }
+
+    /// Makes the loop end when `fd` becomes readable (a signal's, say).
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub fn stop_on(&self, fd: RawFd) -> Result<()> {
+        self.watch(fd, STOP)
+    }
+
+    fn watch(&self, fd: RawFd, token: u64) -> Result<()> {
+        let event = EpollEvent::new(EventSet::IN, token);
+        self.epoll.ctl(ControlOperation::Add, fd, event).map_err(Error::host("epoll"))
+    }
+
+    /// Runs until asked to stop.
+    pub fn run(&mut self) {
+        let mut next_tick = Instant::now();
+        while !self.quit {
+            let now = Instant::now();
+            if now >= next_tick {
+                next_tick = now + TICK;
+                self.tick();
+            }
+            self.connect_clients();
+            let mut wait = next_tick.saturating_duration_since(now);
+            if self.is_connecting() {
+                wait = wait.min(RETRY);
+            }
+            let mut events = [EpollEvent::default(); EVENTS];
+            // Rounded up: a wait of 0 ms would spin until the time has come.
+            let ms = wait.as_millis() as i32 + 1;
+            let n = self.epoll.wait(ms, &mut events).unwrap_or(0);
+            for e in &events[..n] {
+                self.event(e.data());
+            }
+            self.follow_ports();
+        }
+    }
+
+    fn event(&mut self, token: u64) {
+        match token {
+            FAULT => {
+                for f in self.switch.shared.take_faults() {
+                    self.unwatch_port(f.port);
+                    self.switch.disconnect(f.port, Some(f.reason));
+                }
+            }
+            CONTROL => {
+                while let Ok((s, _)) = self.control.accept() {
+                    if s.set_nonblocking(true).is_ok() {
+                        self.add_client(Box::new(s), false);
+                    }
+                }
+            }
+            METRICS => {
+                while let Some(Ok((s, _))) = self.metrics.as_ref().map(TcpListener::accept) {
+                    if s.set_nonblocking(true).is_ok() {
+                        self.add_client(Box::new(s), true);
+                    }
+                }
+            }
+            STOP => self.quit = true,
+            t if t & CLIENT != 0 => self.client(t as u32),
+            t if t & PORT != 0 => self.port(t as u32 as PortId),
+            _ => {}
+        }
+    }
+
+    fn tick(&mut self) {
+        self.switch.tick();
+        let broken = mem::sigbus::broken_count();
+        if broken != self.broken {
+            self.broken = broken;
+            let lost: Vec<PortId> = self
+                .switch
+                .ports()
+                .filter(|p| match &p.kind {
+                    Kind::Vhost(v) => matches!(&v.link, Link::Connected(c) if c.is_broken()),
+                    Kind::Interface => false,
+                })
+                .map(|p| p.id)
+                .collect();
+            for id in lost {
+                self.unwatch_port(id);
+                let reason = "the other side shrank memory that it had lent".to_owned();
+                self.switch.disconnect(id, Some(reason));
+            }
+        }
+    }
+
+    fn is_connecting(&self) -> bool {
+        self.switch
+            .ports()
+            .any(|p| matches!(&p.kind, Kind::Vhost(v) if matches!(v.link, Link::Connecting { .. })))
+    }
+
+    fn connect_clients(&mut self) {
+        let mut connected = false;
+        for p in self.switch.ports.iter_mut().flatten() {
+            let Kind::Vhost(v) = &mut p.kind else { continue };
+            let Some(stream) = p.spec.path.as_deref().and_then(|path| v.try_connect(path)) else {
+                continue;
+            };
+            match v.attach(stream) {
+                Ok(()) => {
+                    p.connections += 1;
+                    connected = true;
+                    tracing::info!("port '{}': connected", p.spec.name);
+                }
+                Err(e) => p.note_reset(e),
+            }
+        }
+        if connected {
+            self.follow_ports();
+        }
+    }
+
+    fn port(&mut self, id: PortId) {
+        let Some(port) = self.switch.by_id(id) else { return };
+        let Kind::Vhost(v) = &mut port.kind else { return };
+        let over = match &mut v.link {
+            Link::Connected(c) => {
+                let result = c.process();
+                let changed = std::mem::take(&mut c.device_mut().changed);
+                match result {
+                    Ok(()) if changed => {
+                        self.switch.publish();
+                        None
+                    }
+                    Ok(()) => None,
+                    Err(vhost_user::Error::Disconnected) => Some(None),
+                    Err(e) => Some(Some(e.to_string())),
+                }
+            }
+            Link::Listening => {
+                if let Some(Ok((stream, _))) = v.listener.as_ref().map(UnixListener::accept) {
+                    match v.attach(stream) {
+                        Ok(()) => {
+                            port.connections += 1;
+                            tracing::info!("port '{}': connected", port.spec.name);
+                        }
+                        Err(e) => port.note_reset(e),
+                    }
+                }
+                None
+            }
+            Link::Connecting { .. } => None,
+        };
+        if let Some(reason) = over {
+            self.unwatch_port(id);
+            self.switch.disconnect(id, reason);
+        }
+    }
+
+    fn unwatch_port(&mut self, id: PortId) {
+        if let Some(fd) = self.watched.remove(&id) {
+            // Closed ones have left by themselves.
+            let _ = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
+        }
+    }
+
+    /// Watches what each port waits for now.
+    fn follow_ports(&mut self) {
+        let wanted: HashMap<PortId, RawFd> = self
+            .switch
+            .ports()
+            .filter_map(|p| match &p.kind {
+                Kind::Vhost(v) => v.wait_fd().map(|fd| (p.id, fd)),
+                Kind::Interface => None,
+            })
+            .collect();
+        if wanted == self.watched {
+            return;
+        }
+        let old: Vec<PortId> = self.watched.keys().copied().collect();
+        for id in old {
+            if wanted.get(&id) != self.watched.get(&id) {
+                self.unwatch_port(id);
+            }
+        }
+        for (id, fd) in wanted {
+            if self.watched.contains_key(&id) {
+                continue;
+            }
+            match self.watch(fd, PORT | u64::from(id)) {
+                Ok(()) => {
+                    self.watched.insert(id, fd);
+                }
+                Err(e) => tracing::warn!("port {id}: {e}"),
+            }
+        }
+    }
+
+    fn add_client(&mut self, stream: Box<dyn Stream>, http: bool) {
+        if self.clients.len() >= MAX_CLIENTS {
+            return;
+        }
+        self.next_client = self.next_client.wrapping_add(1);
+        let id = self.next_client;
+        if self.watch(stream.as_raw_fd(), CLIENT | u64::from(id)).is_ok() {
+            let (input, output) = (Vec::new(), Vec::new());
+            let client = Client { stream, http, input, output, ending: false, writing: false };
+            self.clients.insert(id, client);
+        }
+    }
+
+    fn client(&mut self, id: u32) {
+        let Some(mut client) = self.clients.remove(&id) else { return };
+        let alive = self.serve(&mut client) && client.write();
+        if !alive {
+            return; // closing it takes it off the epoll
+        }
+        let writing = !client.output.is_empty();
+        if writing != client.writing {
+            client.writing = writing;
+            let set = if writing { EventSet::OUT } else { EventSet::IN };
+            let event = EpollEvent::new(set, CLIENT | u64::from(id));
+            if self.epoll.ctl(ControlOperation::Modify, client.stream.as_raw_fd(), event).is_err() {
+                return;
+            }
+        }
+        self.clients.insert(id, client);
+    }
+
+    /// Reads and answers. `false`: it has gone, or is not to be listened to.
+    fn serve(&mut self, client: &mut Client) -> bool {
+        if client.ending || client.writing {
+            return true;
+        }
+        let mut chunk = [0; 65_536];
+        match client.stream.read(&mut chunk) {
+            Ok(0) => return false,
+            Ok(n) => client.input.extend_from_slice(&chunk[..n]),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return true,
+            Err(_) => return false,
+        }
+        if client.http {
+            if client.input.windows(4).any(|w| w == b"\r\n\r\n") {
+                client.output = commands::http(&self.switch, &client.input);
+                client.ending = true;
+            }
+            return client.input.len() <= MAX_LINE;
+        }
+        while let Some(end) = client.input.iter().position(|b| *b == b'\n') {
+            let line: Vec<u8> = client.input.drain(..=end).collect();
+            let (answer, quit) = commands::run(&mut self.switch, &line[..end]);
+            self.quit |= quit;
+            self.follow_ports();
+            client.output.extend_from_slice(answer.as_bytes());
+            client.output.push(b'\n');
+        }
+        client.input.len() <= MAX_LINE && client.output.len() <= MAX_WAITING
+    }
+}
+
+impl Client {
+    /// Writes what waits, as far as it goes. `false`: the client is done with, or gone.
+    fn write(&mut self) -> bool {
+        while !self.output.is_empty() {
+            match self.stream.write(&self.output) {
+                Ok(0) => return false,
+                Ok(n) => drop(self.output.drain(..n)),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return false,
+            }
+        }
+        !self.ending
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Gone already if somebody removed it.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}

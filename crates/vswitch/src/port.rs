@@ -1,0 +1,252 @@
+//! A port as the control thread has it: its configuration, what is behind it, and its history.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vhost_user::Connection;
+
+use crate::capture::Capture;
+use crate::config::{Mode, PortSpec};
+use crate::counters::{QueueCounters, Totals};
+use crate::limit::Limiter;
+use crate::table::{PortId, PortView};
+use crate::vhost_port::VhostDevice;
+use crate::{Error, Result, sys};
+
+/// How soon a lost peer is tried again, while the loss is fresh, and later.
+pub const RETRY: Duration = Duration::from_millis(10);
+const LATER: Duration = Duration::from_millis(25);
+const FRESH: Duration = Duration::from_secs(10);
+/// Why a port was reset is logged at most so often.
+const LOG_EVERY: Duration = Duration::from_secs(1);
+
+/// The socket side of a vhost-user port.
+pub enum Link {
+    /// The switch listens, nobody is there.
+    Listening,
+    /// The switch tries to connect.
+    Connecting { since: Instant, next: Instant },
+    /// There is a front end.
+    Connected(Box<Connection<VhostDevice>>),
+}
+
+/// What a vhost-user port keeps.
+pub struct VhostPort {
+    pub listener: Option<UnixListener>,
+    pub link: Link,
+    /// The device, while no connection has it.
+    pub device: Option<VhostDevice>,
+}
+
+/// What is behind a port.
+pub enum Kind {
+    Vhost(VhostPort),
+    /// Interface; nothing but the poll threads touches it.
+    Interface,
+}
+
+/// One port.
+pub struct Port {
+    pub id: PortId,
+    pub spec: PortSpec,
+    pub kind: Kind,
+    /// The poll thread of each queue.
+    pub threads: Vec<u16>,
+    pub counters: Vec<Arc<QueueCounters>>,
+    pub rate: Option<Arc<Limiter>>,
+    pub storm: Option<Arc<Limiter>>,
+    pub captures: Vec<Capture>,
+    /// Connections made, and how often the port was reset because the other side broke rules.
+    pub connections: u64,
+    pub resets: u64,
+    pub last_reset: Option<String>,
+    last_log: Option<Instant>,
+}
+
+impl Port {
+    /// A port that is not yet connected to anything.
+    pub fn new(id: PortId, spec: PortSpec, kind: Kind, threads: Vec<u16>) -> Self {
+        let counters = threads.iter().map(|_| Arc::default()).collect();
+        let mut port = Self {
+            id,
+            spec,
+            kind,
+            threads,
+            counters,
+            rate: None,
+            storm: None,
+            captures: Vec::new(),
+            connections: 0,
+            resets: 0,
+            last_reset: None,
+            last_log: None,
+        };
+        port.apply_limits();
+        port
+    }
+
+    /// Makes its limiters anew from its configuration.
+    pub fn apply_limits(&mut self) {
+        // As deep as 10 ms, and at least a large segment; a storm's as a tenth of a second.
+        let rate = |r: u64| Arc::new(Limiter::new(r, (r / 100).max(8 * 65_550)));
+        let storm = |r: u64| Arc::new(Limiter::new(r, (r / 10).max(1)));
+        self.rate = self.spec.rate.map(rate);
+        self.storm = self.spec.storm.map(storm);
+    }
+
+    /// As poll threads see it; mirrors are filled in by the caller.
+    pub fn view(&self) -> PortView {
+        let tx_owners = match &self.kind {
+            Kind::Vhost(v) => v.device().map(VhostDevice::tx_owners).unwrap_or_default(),
+            Kind::Interface => {
+                self.threads.iter().enumerate().map(|(i, t)| (*t, i as u16)).collect()
+            }
+        };
+        PortView {
+            name: self.spec.name.clone(),
+            vlans: self.spec.vlans(),
+            max_frame: self.spec.mtu.map_or(u32::MAX - 4, |m| u32::from(m) + 14),
+            rate: self.rate.clone(),
+            storm: self.storm.clone(),
+            captures: self.captures.iter().map(|c| c.tap.clone()).collect(),
+            tx_owners,
+            ..PortView::default()
+        }
+    }
+
+    /// Sums over its queues.
+    pub fn totals(&self) -> Totals {
+        let mut t = Totals::default();
+        self.counters.iter().for_each(|c| t.add(&c.snapshot()));
+        t
+    }
+
+    /// Whether there is somebody at the other end.
+    pub fn is_connected(&self) -> bool {
+        match &self.kind {
+            Kind::Vhost(v) => matches!(v.link, Link::Connected(_)),
+            Kind::Interface => true,
+        }
+    }
+
+    /// Notes that the other side broke the rules.
+    pub fn note_reset(&mut self, reason: String) {
+        self.resets += 1;
+        if self.last_log.is_none_or(|at| at.elapsed() >= LOG_EVERY) {
+            tracing::warn!("port '{}' is reset: {reason}", self.spec.name);
+            self.last_log = Some(Instant::now());
+        }
+        self.last_reset = Some(reason);
+    }
+}
+
+impl VhostPort {
+    /// Opens the port's socket; in server mode it listens from now on.
+    ///
+    /// # Errors
+    /// When the socket's path cannot be used.
+    pub fn new(spec: &PortSpec, device: VhostDevice) -> Result<Self> {
+        let now = Instant::now();
+        let server = spec.mode.unwrap_or_default() == Mode::Server;
+        let listener = match &spec.path {
+            Some(path) if server => Some(listen(path).map_err(|e| Error::Port {
+                port: spec.name.clone(),
+                reason: format!("cannot listen on '{}': {e}", path.display()),
+            })?),
+            _ => None,
+        };
+        let link =
+            if server { Link::Listening } else { Link::Connecting { since: now, next: now } };
+        Ok(Self { listener, link, device: Some(device) })
+    }
+
+    /// The device, whoever has it.
+    pub fn device(&self) -> Option<&VhostDevice> {
+        match &self.link {
+            Link::Connected(c) => Some(c.device()),
+            _ => self.device.as_ref(),
+        }
+    }
+
+    /// The device, whoever has it.
+    pub fn device_mut(&mut self) -> Option<&mut VhostDevice> {
+        match &mut self.link {
+            Link::Connected(c) => Some(c.device_mut()),
+            _ => self.device.as_mut(),
+        }
+    }
+
+    /// The fd to wait for: the connection's, or the listener's while there is none.
+    pub fn wait_fd(&self) -> Option<RawFd> {
+        match &self.link {
+            Link::Connected(c) => Some(c.fd()),
+            Link::Listening => self.listener.as_ref().map(AsRawFd::as_raw_fd),
+            Link::Connecting { .. } => None,
+        }
+    }
+
+    /// Takes a stream up. `Err` gives no connection, with a sentence.
+    pub fn attach(&mut self, stream: UnixStream) -> std::result::Result<(), String> {
+        let Some(device) = self.device.take() else { return Err("it has a connection".into()) };
+        let (shared, port, threads) = device.parts();
+        match Connection::new(stream, device) {
+            Ok(c) => {
+                self.link = Link::Connected(Box::new(c));
+                Ok(())
+            }
+            Err(e) => {
+                self.device = Some(VhostDevice::new(shared, port, threads));
+                Err(e.to_string())
+            }
+        }
+    }
+
+    /// Ends the connection: its rings are stopped when this returns.
+    pub fn detach(&mut self) {
+        let now = Instant::now();
+        let next = if self.listener.is_some() {
+            Link::Listening
+        } else {
+            Link::Connecting { since: now, next: now + RETRY }
+        };
+        if let Link::Connected(c) = std::mem::replace(&mut self.link, next) {
+            let mut device = c.into_device();
+            device.changed = true;
+            self.device = Some(device);
+        }
+    }
+
+    /// Tries to connect, if it is time. `None`: nothing came of it.
+    pub fn try_connect(&mut self, path: &Path) -> Option<UnixStream> {
+        let Link::Connecting { since, next } = &mut self.link else { return None };
+        let now = Instant::now();
+        if now < *next {
+            return None;
+        }
+        *next = now + if now - *since < FRESH { RETRY } else { LATER };
+        sys::connect_now(path).ok()
+    }
+}
+
+/// Listens on `path`, in the place of a socket that nobody listens on any more.
+pub fn listen(path: &Path) -> io::Result<UnixListener> {
+    let listener = match UnixListener::bind(path) {
+        Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
+            match sys::connect_now(path) {
+                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+                    std::fs::remove_file(path)?
+                }
+                Ok(_) => return Err(io::Error::other("another process listens there")),
+                Err(e) => return Err(e),
+            }
+            UnixListener::bind(path)
+        }
+        other => other,
+    }?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}

@@ -1,0 +1,403 @@
+//! The switch as the control thread has it: ports, mirrors, poll threads. All changes go through
+//! here, one at a time; poll threads hear of them by message and by a new table.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use crossbeam_channel::bounded;
+use net::Backend;
+use serde::{Deserialize, Serialize};
+
+use crate::capture::Capture;
+use crate::config::{Config, PortSpec, PortType};
+use crate::port::{Kind, Link, Port, VhostPort};
+use crate::queue::{Io, Queue};
+use crate::shared::{Message, Shared};
+use crate::table::{MAX_PORTS, PortId, PortView, Table};
+use crate::tap_queue::TapQueue;
+use crate::vhost_port::VhostDevice;
+use crate::{Error, Result, threads};
+
+/// Seconds after which an address is forgotten, unless configured.
+pub const AGEING: u32 = 300;
+/// Addresses that the forwarding database holds, unless configured.
+pub const MACS: usize = 8192;
+
+/// Copies of ports' frames for another port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mirror {
+    pub name: String,
+    /// Ports whose frames are copied.
+    pub select: Vec<String>,
+    /// Frames that come in from them.
+    #[serde(default)]
+    pub rx: bool,
+    /// Frames that leave to them.
+    #[serde(default)]
+    pub tx: bool,
+    /// The port that gets the copies, and nothing else.
+    pub output: String,
+}
+
+/// The switch.
+pub struct Switch {
+    pub shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    pub ports: Vec<Option<Port>>,
+    pub mirrors: BTreeMap<String, Mirror>,
+    ageing: u32,
+    started: Instant,
+}
+
+fn no_port(name: &str) -> Error {
+    Error::Config(format!("there is no port '{name}'"))
+}
+
+impl Switch {
+    /// Starts poll threads and adds the configured ports.
+    ///
+    /// # Errors
+    /// A sentence that names what cannot be.
+    pub fn start(config: &Config) -> Result<Self> {
+        config.check()?;
+        let count = config.cpus.len().max(1);
+        let macs = config.macs.unwrap_or(MACS);
+        let shared = Shared::new(count, macs, config.poll).map_err(Error::host("eventfd"))?;
+        let mut switch = Self {
+            shared: shared.clone(),
+            threads: Vec::new(),
+            ports: Vec::new(),
+            mirrors: BTreeMap::new(),
+            ageing: config.ageing.unwrap_or(AGEING),
+            started: Instant::now(),
+        };
+        for thread in 0..count {
+            switch.threads.push(threads::start(&shared, thread, config.cpus.get(thread).copied())?);
+        }
+        for spec in &config.port {
+            switch.add_port(spec.clone())?;
+        }
+        Ok(switch)
+    }
+
+    /// All ports.
+    pub fn ports(&self) -> impl Iterator<Item = &Port> {
+        self.ports.iter().flatten()
+    }
+
+    /// Port `name`.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn port(&self, name: &str) -> Result<&Port> {
+        self.ports().find(|p| p.spec.name == name).ok_or_else(|| no_port(name))
+    }
+
+    /// Port `name`.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn port_mut(&mut self, name: &str) -> Result<&mut Port> {
+        let found = self.ports.iter_mut().flatten().find(|p| p.spec.name == name);
+        found.ok_or_else(|| no_port(name))
+    }
+
+    /// Port `id`.
+    pub fn by_id(&mut self, id: PortId) -> Option<&mut Port> {
+        self.ports.get_mut(usize::from(id)).and_then(Option::as_mut)
+    }
+
+    /// Adds a port.
+    ///
+    /// # Errors
+    /// A sentence; nothing is left of it then.
+    pub fn add_port(&mut self, spec: PortSpec) -> Result<PortId> {
+        spec.check()?;
+        for p in self.ports() {
+            if p.spec.name == spec.name {
+                return Err(Error::Config(format!("there is a port '{}' already", spec.name)));
+            }
+            let same = |a: &Option<_>, b: &Option<_>| a.is_some() && a == b;
+            if same(&p.spec.ifname, &spec.ifname) {
+                let text = format!("port '{}' has this interface already", p.spec.name);
+                return Err(Error::Port { port: spec.name, reason: text });
+            }
+        }
+        let id = self.ports.iter().position(Option::is_none).unwrap_or(self.ports.len());
+        if id >= MAX_PORTS {
+            return Err(Error::Config(format!("there are {MAX_PORTS} ports already")));
+        }
+        let id = id as PortId;
+        let count = self.threads.len();
+        let threads: Vec<u16> =
+            (0..usize::from(spec.queues)).map(|i| ((usize::from(id) + i) % count) as u16).collect();
+        let (kind, ios) = self.open(id, &spec, &threads)?;
+        let port = Port::new(id, spec, kind, threads);
+        for (i, io) in ios.into_iter().enumerate() {
+            let on = matches!(io, Io::Fd(_));
+            let queue = Queue {
+                port: id,
+                index: i as u16,
+                io,
+                counters: port.counters[i].clone(),
+                rx_enabled: on,
+                tx_enabled: on,
+                rx_broken: false,
+            };
+            self.shared.mailboxes[usize::from(port.threads[i])].send(Message::Add(Box::new(queue)));
+        }
+        if usize::from(id) == self.ports.len() {
+            self.ports.push(None);
+        }
+        self.ports[usize::from(id)] = Some(port);
+        self.publish();
+        Ok(id)
+    }
+
+    fn open(&self, id: PortId, spec: &PortSpec, threads: &[u16]) -> Result<(Kind, Vec<Io>)> {
+        let failed = |reason: String| Error::Port { port: spec.name.clone(), reason };
+        let ifname = spec.ifname.clone().unwrap_or_default();
+        let backends: Vec<Box<dyn Backend>> = match spec.kind {
+            PortType::VhostUser => {
+                let device = VhostDevice::new(self.shared.clone(), id, threads.to_vec());
+                let port = VhostPort::new(spec, device)?;
+                let ios = threads.iter().map(|_| Io::Vhost { rx: None, tx: None }).collect();
+                return Ok((Kind::Vhost(port), ios));
+            }
+            PortType::Tap => {
+                let options = net::TapOptions {
+                    ifname: Some(ifname),
+                    queues: spec.queues,
+                    mtu: spec.mtu,
+                    ..net::TapOptions::default()
+                };
+                let taps = net::Tap::open(&options).map_err(|e| failed(e.to_string()))?;
+                taps.into_iter().map(|t| Box::new(t) as Box<dyn Backend>).collect()
+            }
+            PortType::AfPacket | PortType::AfXdp => {
+                return Err(failed(format!("type={} is not built in", spec.kind.name())));
+            }
+        };
+        let queue = |b| TapQueue::new(b).map(|t| Io::Fd(Box::new(t)));
+        let ios: std::io::Result<_> = backends.into_iter().map(queue).collect();
+        Ok((Kind::Interface, ios.map_err(|e| failed(e.to_string()))?))
+    }
+
+    /// Removes port `name`. When this returns nothing touches what was behind it.
+    ///
+    /// # Errors
+    /// There is none, or a mirror needs it.
+    pub fn del_port(&mut self, name: &str) -> Result<()> {
+        let id = self.port(name)?.id;
+        if let Some(m) = self.mirrors.values().find(|m| m.output == name) {
+            let text =
+                format!("port '{name}' is the output of mirror '{}': remove that first", m.name);
+            return Err(Error::Config(text));
+        }
+        let Some(mut port) = self.ports[usize::from(id)].take() else { return Err(no_port(name)) };
+        // First out of the table: no more frames for it are on their way after the queues are gone.
+        self.publish();
+        if let Kind::Vhost(v) = &mut port.kind {
+            v.detach();
+            if let (Some(_), Some(path)) = (&v.listener, &port.spec.path) {
+                // Whoever took the path over has removed it already.
+                let _ = std::fs::remove_file(path);
+            }
+        }
+        for (i, thread) in port.threads.iter().enumerate() {
+            let (done, gone) = bounded(0);
+            let message = Message::Remove { port: id, index: i as u16, done };
+            self.shared.mailboxes[usize::from(*thread)].send(message);
+            // The answer is that the sender is dropped.
+            let _ = gone.recv();
+        }
+        self.shared.fdb.flush(Some(id));
+        for m in self.mirrors.values_mut() {
+            m.select.retain(|n| n != name);
+        }
+        Ok(())
+    }
+
+    /// Changes keys of port `name`.
+    ///
+    /// # Errors
+    /// A sentence; nothing has changed then.
+    pub fn set_port(&mut self, name: &str, changes: &[(String, String)]) -> Result<()> {
+        let port = self.port_mut(name)?;
+        let mut spec = port.spec.clone();
+        for (key, value) in changes {
+            spec.set(&format!("port '{name}'"), key, value)?;
+        }
+        spec.check()?;
+        let (id, moved) = (port.id, spec.vlans() != port.spec.vlans());
+        port.spec = spec;
+        port.apply_limits();
+        if moved {
+            self.shared.fdb.flush(Some(id));
+        }
+        self.publish();
+        Ok(())
+    }
+
+    /// Adds a mirror.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn add_mirror(&mut self, mut m: Mirror) -> Result<()> {
+        if self.mirrors.contains_key(&m.name) {
+            return Err(Error::Config(format!("there is a mirror '{}' already", m.name)));
+        }
+        self.port(&m.output)?;
+        m.select.iter().try_for_each(|p| self.port(p).map(drop))?;
+        if m.select.is_empty() || m.select.contains(&m.output) {
+            let text = "a mirror needs ports to copy from, other than its output".into();
+            return Err(Error::Config(text));
+        }
+        if self
+            .mirrors
+            .values()
+            .any(|o| o.select.contains(&m.output) || m.select.contains(&o.output))
+        {
+            return Err(Error::Config(
+                "the output of one mirror cannot be copied by another".into(),
+            ));
+        }
+        if !m.rx && !m.tx {
+            (m.rx, m.tx) = (true, true);
+        }
+        let id = self.port(&m.output)?.id;
+        self.shared.fdb.flush(Some(id));
+        self.mirrors.insert(m.name.clone(), m);
+        self.publish();
+        Ok(())
+    }
+
+    /// Removes a mirror.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn del_mirror(&mut self, name: &str) -> Result<()> {
+        let gone = self.mirrors.remove(name);
+        gone.ok_or_else(|| Error::Config(format!("there is no mirror '{name}'")))?;
+        self.publish();
+        Ok(())
+    }
+
+    /// Captures frames of port `name` into `file`.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn capture(
+        &mut self,
+        name: &str,
+        file: &Path,
+        snap: u32,
+        rx: bool,
+        tx: bool,
+    ) -> Result<()> {
+        let threads = self.threads.len();
+        let port = self.port_mut(name)?;
+        if port.captures.iter().any(|c| c.path == file) {
+            return Err(Error::Config(format!("'{}' is being written already", file.display())));
+        }
+        let c = Capture::start(file, snap, threads, rx || !tx, tx || !rx)
+            .map_err(Error::host(format!("cannot write '{}'", file.display())))?;
+        port.captures.push(c);
+        self.publish();
+        Ok(())
+    }
+
+    /// Ends all captures of port `name`; returns frames written and left out.
+    ///
+    /// # Errors
+    /// There are none.
+    pub fn end_captures(&mut self, name: &str) -> Result<(u64, u64)> {
+        let ended = std::mem::take(&mut self.port_mut(name)?.captures);
+        if ended.is_empty() {
+            return Err(Error::Config(format!("port '{name}' is not being captured")));
+        }
+        self.publish();
+        let mut sum = (0, 0);
+        for c in ended {
+            let tap = c.tap.clone();
+            drop(c);
+            let (written, lost) = tap.progress();
+            sum = (sum.0 + written, sum.1 + lost);
+        }
+        Ok(sum)
+    }
+
+    /// Gives poll threads a new table.
+    pub fn publish(&self) {
+        let mut views: Vec<Option<PortView>> =
+            self.ports.iter().map(|p| p.as_ref().map(Port::view)).collect();
+        let id = |name: &str| self.port(name).ok().map(|p| p.id);
+        for m in self.mirrors.values() {
+            let Some(output) = id(&m.output) else { continue };
+            for from in m.select.iter().filter_map(|n| id(n)) {
+                if let Some(v) = &mut views[usize::from(from)] {
+                    if m.rx {
+                        v.mirror_rx.push(output);
+                    }
+                    if m.tx {
+                        v.mirror_tx.push(output);
+                    }
+                }
+            }
+            if let Some(v) = &mut views[usize::from(output)] {
+                v.mirror_output = true;
+            }
+        }
+        let ports = views.into_iter().map(|v| v.map(|v| Arc::new(v.finished()))).collect();
+        self.shared.publish(Table { ports, ageing: self.ageing });
+    }
+
+    /// Once a second: time goes on, old addresses are forgotten.
+    pub fn tick(&self) {
+        let now = u32::try_from(self.started.elapsed().as_secs()).unwrap_or(u32::MAX);
+        if self.shared.now.swap(now, Ordering::Relaxed) != now && now.is_multiple_of(5) {
+            self.shared.fdb.expire(now, self.ageing);
+        }
+    }
+
+    /// Says of a port's connection that it is over, and why if somebody broke the rules.
+    pub fn disconnect(&mut self, id: PortId, reason: Option<String>) {
+        let Some(port) = self.by_id(id) else { return };
+        if let Kind::Vhost(v) = &mut port.kind {
+            if !matches!(v.link, Link::Connected(_)) {
+                return;
+            }
+            v.detach();
+        }
+        match reason {
+            Some(reason) => port.note_reset(reason),
+            None => tracing::info!("port '{}': the other side has gone", port.spec.name),
+        }
+        self.publish();
+    }
+}
+
+impl Drop for Switch {
+    fn drop(&mut self) {
+        let names: Vec<String> = self.ports().map(|p| p.spec.name.clone()).collect();
+        self.mirrors.clear();
+        for name in names {
+            if let Err(e) = self.del_port(&name) {
+                tracing::warn!("{e}");
+            }
+        }
+        for m in &self.shared.mailboxes {
+            m.send(Message::Stop);
+        }
+        for t in self.threads.drain(..) {
+            if t.join().is_err() {
+                tracing::error!("a poll thread has panicked");
+            }
+        }
+    }
+}
