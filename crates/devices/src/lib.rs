@@ -19,6 +19,8 @@ pub mod pci;
 pub mod rtc;
 pub mod serial;
 pub mod shared;
+#[cfg(test)]
+mod testing;
 mod timer;
 pub mod virtio_blk;
 pub mod virtio_net;

@@ -6,18 +6,17 @@
 //! `mig-control` and `mig-ram.N` read.
 
 use std::collections::VecDeque;
-use std::io::{BufReader, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 
 use crate::channel::{Channel, Listener};
+use crate::control::{self, Outcome, spawn};
 use crate::greeter::Greeter;
 use crate::receiver::{Receiver, Sync};
 use crate::session::dest::{Input, Output};
-use crate::source::spawn;
 use crate::stats::{Stats, micros};
 use crate::wire::{Hello, HelloAck, Msg, Resolution, Role};
 use crate::{Endpoint, Error, Events, MigrationInfo, Result, Status, Uri, session};
@@ -54,8 +53,7 @@ struct Inner {
     held: AtomicBool,
     closed: AtomicBool,
     queue: Mutex<mpsc::Sender<Event>>,
-    result: Mutex<Option<Result<()>>>,
-    done: Condvar,
+    outcome: Outcome,
 }
 
 impl Inner {
@@ -126,13 +124,7 @@ impl Incoming {
     /// # Errors
     /// Why the guest does not run here.
     pub fn wait(&self) -> Result<()> {
-        let mut result = self.0.result.lock();
-        loop {
-            if let Some(r) = &*result {
-                return r.clone();
-            }
-            self.0.done.wait(&mut result);
-        }
+        self.0.outcome.wait()
     }
 }
 
@@ -161,8 +153,7 @@ pub fn listen(
         held: AtomicBool::new(false),
         closed: AtomicBool::new(false),
         queue: Mutex::new(tx.clone()),
-        result: Mutex::new(None),
-        done: Condvar::new(),
+        outcome: Outcome::default(),
     });
     inner.set_status(Status::Setup);
     let (for_accept, accept_tx) = (inner.clone(), tx.clone());
@@ -188,10 +179,8 @@ fn accept(inner: &Inner, listener: &Listener, tx: &mpsc::Sender<Event>) {
             }
         }
     }
-    if matches!(
-        &*inner.result.lock(),
-        Some(Ok(())) | Some(Err(Error::Refused(_) | Error::Cancelled))
-    ) {
+    if matches!(inner.outcome.get(), Some(Ok(())) | Some(Err(Error::Refused(_) | Error::Cancelled)))
+    {
         listener.remove_file();
     }
 }
@@ -333,21 +322,8 @@ impl Driver {
         }
         self.epoch += 1;
         let (epoch, tx) = (self.epoch, self.tx.clone());
-        let read = move || {
-            let mut from = BufReader::with_capacity(64 << 10, &*channel);
-            loop {
-                let msg = match Msg::read(&mut from) {
-                    Ok(Some(m)) => Ok(m),
-                    Ok(None) => Err(Error::Lost("the source closed the connection".into())),
-                    Err(e) => Err(e),
-                };
-                let stop = msg.is_err();
-                if tx.send(Event::Control { epoch, msg }).is_err() || stop {
-                    return;
-                }
-            }
-        };
-        if let Err(e) = spawn("mig-control", read) {
+        let tell = move |msg| tx.send(Event::Control { epoch, msg }).is_ok();
+        if let Err(e) = control::read(channel, "source", tell) {
             self.inputs.push_back(Input::ControlLost(e));
         }
     }
@@ -464,13 +440,8 @@ impl Driver {
     }
 
     fn send(&mut self, msg: &Msg) -> Option<Input> {
-        let control = self.control.clone()?;
-        let written = msg.encode().and_then(|frame| {
-            (&*control).write_all(&frame).map_err(|e| {
-                Error::Lost(format!("the migration's control connection was lost: {e}"))
-            })
-        });
-        written.err().map(Input::ControlLost)
+        let control = self.control.as_ref()?;
+        control::write(control, std::slice::from_ref(msg)).err().map(Input::ControlLost)
     }
 
     fn end(&mut self, result: Result<()>) {
@@ -486,16 +457,14 @@ impl Driver {
         self.inner.events.ended(&result);
         // Only a source that may have sent go comes back with questions.
         self.close |= !self.session.may_be_asked();
-        *self.inner.result.lock() = Some(result);
-        self.inner.done.notify_all();
+        self.inner.outcome.set(result);
     }
 }
 
 /// Writes one message on a connection that is not the current one.
 fn answer(channel: &Channel, msg: &Msg) {
     channel.set_write_timeout(Duration::from_secs(1));
-    let mut to = channel;
-    if let Err(e) = msg.encode().map(|frame| to.write_all(&frame)) {
+    if let Err(e) = control::write(channel, std::slice::from_ref(msg)) {
         tracing::debug!("{e}");
     }
 }

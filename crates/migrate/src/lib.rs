@@ -12,11 +12,12 @@
 //! Inside, lowest first: `zero` (finding zero pages), `wire` (control frames), `ram` (RAM frames),
 //! `pending` (which pages the peer has not acknowledged), `planner` (when to stop the guest),
 //! `session` (the protocol with no socket, clock or thread), `channel` (sockets), `greeter` (connections
-//! that have said nothing yet), `sender` and
-//! `receiver` (RAM streams), `stats`.
+//! that have said nothing yet), `control` (what both drivers do alike), `sender`
+//! and `receiver` (RAM streams), `stats`.
 
 mod ahead;
 mod channel;
+mod control;
 pub mod dest;
 pub mod endpoint;
 pub mod events;

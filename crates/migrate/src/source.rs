@@ -6,15 +6,16 @@
 //! the migration's queue, and ends connections, so nothing that a monitor calls blocks.
 
 use std::collections::VecDeque;
-use std::io::{BufReader, Write};
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use mem::DirtySource;
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 
 use crate::channel::{self, Address, Channel};
+use crate::control::{self, Outcome, spawn};
 use crate::info::{DowntimePhases, Round};
 use crate::pace::Pacer;
 use crate::pending::Pending;
@@ -59,8 +60,7 @@ struct Inner {
     queue: Mutex<mpsc::Sender<Event>>,
     ram: Mutex<Vec<Arc<Channel>>>,
     control: Mutex<Option<Arc<Channel>>>,
-    result: Mutex<Option<Result<()>>>,
-    done: Condvar,
+    outcome: Outcome,
 }
 
 impl Inner {
@@ -106,9 +106,8 @@ impl Handle {
         let inner = inner.clone();
         // Should the migration's thread hang in a write to a peer that stalls, this frees it.
         let watch = move || {
-            let mut result = inner.result.lock();
-            let late = inner.done.wait_for(&mut result, CANCEL_PATIENCE).timed_out();
-            if late && result.is_none() && !inner.past_go.load(Ordering::Acquire) {
+            let over = inner.outcome.comes_within(CANCEL_PATIENCE);
+            if !over && !inner.past_go.load(Ordering::Acquire) {
                 inner.control.lock().iter().for_each(|c| c.shutdown());
             }
         };
@@ -131,13 +130,7 @@ impl Handle {
     /// # Errors
     /// Why the guest was not handed over.
     pub fn wait(&self) -> Result<()> {
-        let mut result = self.0.result.lock();
-        loop {
-            if let Some(r) = &*result {
-                return r.clone();
-            }
-            self.0.done.wait(&mut result);
-        }
+        self.0.outcome.wait()
     }
 }
 
@@ -176,8 +169,7 @@ pub fn start(
         queue: Mutex::new(tx.clone()),
         ram: Mutex::new(Vec::new()),
         control: Mutex::new(None),
-        result: Mutex::new(None),
-        done: Condvar::new(),
+        outcome: Outcome::default(),
     });
     inner.set_status(Status::Setup);
     inner.shared.stats.mark("setup");
@@ -257,8 +249,7 @@ impl Driver {
         inner.ram.lock().drain(..).for_each(|c| c.shutdown());
         inner.set_status(status);
         inner.events.ended(&result);
-        *inner.result.lock() = Some(result);
-        inner.done.notify_all();
+        inner.outcome.set(result);
     }
 
     fn connect(inner: &Arc<Inner>, uri: &Uri, tx: mpsc::Sender<Event>) -> Result<Self> {
@@ -300,21 +291,8 @@ impl Driver {
         *self.inner.control.lock() = Some(control.clone());
         self.epoch += 1;
         let (epoch, tx) = (self.epoch, self.tx.clone());
-        let read = move || {
-            let mut from = BufReader::new(&*control);
-            loop {
-                let msg = match Msg::read(&mut from) {
-                    Ok(Some(m)) => Ok(m),
-                    Ok(None) => Err(Error::Lost("the destination closed the connection".into())),
-                    Err(e) => Err(e),
-                };
-                let stop = msg.is_err();
-                if tx.send(Event::Control { epoch, msg }).is_err() || stop {
-                    return;
-                }
-            }
-        };
-        spawn("mig-control", read)
+        let tell = move |msg| tx.send(Event::Control { epoch, msg }).is_ok();
+        control::read(control, "destination", tell)
     }
 
     fn drive(&mut self, rx: &mpsc::Receiver<Event>) -> Result<()> {
@@ -523,13 +501,7 @@ impl Driver {
             self.inner.past_go.store(true, Ordering::Release);
         }
         let control = self.inner.control.lock().clone()?;
-        let frames = msgs.iter().map(Msg::encode).collect::<Result<Vec<_>>>();
-        let written = frames.and_then(|frames| {
-            (&*control).write_all(&frames.concat()).map_err(|e| {
-                Error::Lost(format!("the migration's control connection was lost: {e}"))
-            })
-        });
-        written.err().map(Input::ControlLost)
+        control::write(&control, msgs).err().map(Input::ControlLost)
     }
 
     /// Connects RAM channels, begins to log dirty pages, and starts the senders.
@@ -770,15 +742,6 @@ fn send_rounds(
             return;
         }
     }
-}
-
-/// Starts a thread.
-pub(crate) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
-    std::thread::Builder::new()
-        .name(name.into())
-        .spawn(work)
-        .map(drop)
-        .map_err(|e| Error::Machine(format!("cannot start thread {name}: {e}")))
 }
 
 /// Late frames in messages well below a control frame's bound.

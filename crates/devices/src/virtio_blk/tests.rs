@@ -1,6 +1,5 @@
 //! Real rings, real files: a driver's requests, good and bad, to a whole device.
 
-use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
 use block::DiskOptions;
@@ -8,21 +7,7 @@ use mem::GuestMemory;
 use virtio::testing::{CountingInterrupt, DriverRing, ram};
 
 use super::*;
-
-#[derive(Default)]
-struct Events {
-    changed: AtomicUsize,
-    reset: AtomicUsize,
-}
-
-impl ConfigEvents for Events {
-    fn config_changed(&self) {
-        self.changed.fetch_add(1, Ordering::SeqCst);
-    }
-    fn needs_reset(&self, _reason: &str) {
-        self.reset.fetch_add(1, Ordering::SeqCst);
-    }
-}
+use crate::testing::CountingEvents;
 
 const HEADER_AT: u64 = 0x10000;
 const STATUS_AT: u64 = 0x11000;
@@ -34,7 +19,7 @@ struct Machine {
     blk: VirtioBlk,
     ring: DriverRing,
     kick: vmm_sys_util::eventfd::EventFd,
-    events: Arc<Events>,
+    events: Arc<CountingEvents>,
 }
 
 impl Machine {
@@ -56,7 +41,7 @@ impl Machine {
         let mem = ram(1 << 20);
         let features = blk.traits().features;
         let ring = DriverRing::new(&mem, 0x1000, 64, features);
-        let events = Arc::new(Events::default());
+        let events = Arc::new(CountingEvents::default());
         blk.activate(features, events.clone()).unwrap();
         let kick = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
         let mut m = Self { _file: file, mem, blk, ring, kick, events };

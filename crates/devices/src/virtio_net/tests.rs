@@ -4,7 +4,6 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixDatagram;
-use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
 use mem::GuestMemory;
@@ -13,6 +12,7 @@ use virtio::testing::{CountingInterrupt, DriverRing, ram};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::testing::CountingEvents;
 
 const MAC: Mac = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 
@@ -50,21 +50,6 @@ impl Backend for Wire {
     }
 }
 
-#[derive(Default)]
-struct Events {
-    changed: AtomicUsize,
-    reset: AtomicUsize,
-}
-
-impl ConfigEvents for Events {
-    fn config_changed(&self) {
-        self.changed.fetch_add(1, Ordering::SeqCst);
-    }
-    fn needs_reset(&self, _reason: &str) {
-        self.reset.fetch_add(1, Ordering::SeqCst);
-    }
-}
-
 fn config() -> NetConfig {
     NetConfig {
         name: "net0".into(),
@@ -82,7 +67,7 @@ struct Machine {
     /// Receive, transmit, control.
     rings: [DriverRing; 3],
     kicks: Vec<EventFd>,
-    events: Arc<Events>,
+    events: Arc<CountingEvents>,
     next_rx: u64,
 }
 
@@ -95,7 +80,7 @@ impl Machine {
         let mut nic = VirtioNet::new(config(), vec![backend]).unwrap();
         let mem = ram(8 << 20);
         let features = nic.traits().features & !without;
-        let events = Arc::new(Events::default());
+        let events = Arc::new(CountingEvents::default());
         nic.activate(features, events.clone()).unwrap();
         let ring = |at, size| DriverRing::new(&mem, at, size, features);
         let rings = [ring(0x10000, 256), ring(0x20000, 256), ring(0x30000, 64)];
