@@ -98,6 +98,20 @@ impl ForeignMapping {
         self.guard.is_broken()
     }
 
+    /// Takes the bits of `mask` at byte `at`: returns those that were set, and clears them, in one
+    /// step. 0 past the end.
+    pub fn take_bits(&self, at: u64, mask: u8) -> u8 {
+        if at >= self.size {
+            return 0;
+        }
+        // SAFETY: inside the mapping (checked); atomics allow its owner to race.
+        let byte = unsafe { AtomicU8::from_ptr(self.as_ptr().add(at as usize)) };
+        if byte.load(Ordering::Relaxed) & mask == 0 {
+            return 0;
+        }
+        byte.fetch_and(!mask, Ordering::SeqCst) & mask
+    }
+
     /// Whether both map the same bytes of the same file.
     pub fn is_same(&self, file: &File, offset: u64, size: u64) -> bool {
         let id = |f: &File| f.metadata().map(|m| (m.dev(), m.ino())).ok();

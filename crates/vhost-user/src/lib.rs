@@ -4,12 +4,20 @@
 //!
 //! - [`backend`]: the device's side. [`backend::Connection`] talks to one front end and drives a
 //!   [`backend::Backend`].
-//! - [`protocol`]: numbers that the protocol fixes.
+//! - [`frontend`]: the VM's side. [`frontend::Frontend`] talks to one back end and sets it up
+//!   again when it was restarted.
+//! - [`message`]: the wire, with its validity checks.
+//! - [`protocol`]: feature bits that the protocol fixes.
+//! - `socket`: messages and descriptors over a socket.
 
 pub mod backend;
+pub mod frontend;
+pub mod message;
 pub mod protocol;
+mod socket;
 
 pub use backend::{Backend, Connection};
+pub use frontend::Frontend;
 
 /// What ends a connection.
 #[derive(Debug, thiserror::Error)]

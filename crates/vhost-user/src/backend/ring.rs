@@ -1,0 +1,86 @@
+//! One ring as a front end describes it, message by message.
+//!
+//! ```text
+//!   wanted   from SET_VRING_KICK to GET_VRING_BASE or a reset
+//!   running  wanted, with size, addresses, memory and features all there, given to the device
+//! ```
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwapOption;
+use virtio::{Interrupt, RingPos};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::message::VringAddr;
+
+/// The driver's interrupt for one ring: an eventfd that may be exchanged while the ring runs.
+#[derive(Debug, Default)]
+pub struct Call(ArcSwapOption<EventFd>);
+
+impl Call {
+    /// Uses `fd` from now on, or nothing. Interrupts once, as something may have been used just
+    /// while the old one went.
+    pub fn set(&self, fd: Option<EventFd>) {
+        self.0.store(fd.map(Arc::new));
+        self.notify();
+    }
+}
+
+impl Interrupt for Call {
+    fn notify(&self) {
+        if let Some(fd) = &*self.0.load() {
+            // Full: the driver has an interrupt pending already.
+            let _ = fd.write(1);
+        }
+    }
+
+    fn eventfd(&self) -> Option<EventFd> {
+        self.0.load().as_ref().and_then(|fd| fd.try_clone().ok())
+    }
+}
+
+/// What a ring is kicked by.
+#[derive(Debug, Default)]
+pub enum Kick {
+    /// Not told yet, or stopped.
+    #[default]
+    Unset,
+    /// By nothing: it is to be polled.
+    Polled,
+    Fd(EventFd),
+}
+
+/// A ring's settings and state.
+#[derive(Default)]
+pub struct RingState {
+    pub size: Option<u16>,
+    pub addr: Option<VringAddr>,
+    /// What SET_VRING_BASE said.
+    pub base: u32,
+    pub kick: Kick,
+    pub call: Arc<Call>,
+    pub err: Option<EventFd>,
+    pub enabled: bool,
+    pub running: bool,
+    /// Where it stood when it was stopped for a moment.
+    pub resume: Option<RingPos>,
+}
+
+impl RingState {
+    /// As after the connection was made, but for the descriptors of call and error, which front
+    /// ends set once.
+    pub fn reset(&mut self) {
+        let (call, err) = (std::mem::take(&mut self.call), self.err.take());
+        *self = Self { call, err, ..Self::default() };
+    }
+
+    /// Whether the front end wants it to run.
+    pub fn is_wanted(&self) -> bool {
+        !matches!(self.kick, Kick::Unset)
+    }
+}
+
+/// The u32 of SET_VRING_BASE and GET_VRING_BASE for `pos`.
+pub fn base_of(pos: RingPos, packed: bool) -> u32 {
+    if packed { u32::from(pos.avail) | u32::from(pos.used) << 16 } else { pos.avail.into() }
+}
