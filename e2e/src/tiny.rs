@@ -1,5 +1,43 @@
 //! The smallest kernel that boots: for tests of the VMM that need a guest and no Linux.
 
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::Result;
+use crate::error::Context;
+use crate::vmm::Config;
+
+/// A VMM `program` of 16 MiB with one CPU, that kernel and a disk of 64 KiB; its files are made in
+/// `dir`.
+///
+/// # Errors
+/// When they cannot be written.
+pub fn config(program: &str, dir: &Path) -> Result<Config> {
+    let file = |name: &str, bytes: &[u8]| -> Result<PathBuf> {
+        let path = dir.join(name);
+        fs::write(&path, bytes).context(|| format!("{}", path.display()))?;
+        Ok(path)
+    };
+    Ok(Config {
+        program: program.into(),
+        name: "tiny".into(),
+        memory_mib: 16,
+        cpus: 1,
+        kernel: file("kernel", &kernel())?,
+        initrd: file("initrd", b"none")?,
+        append: String::new(),
+        disk: Some(file("disk", &[0; 1 << 16])?),
+        incoming: None,
+        extra: Vec::new(),
+    })
+}
+
+/// Whether this host has a KVM, for tests that are skipped without; says so if not.
+pub fn has_kvm() -> bool {
+    let opened = fs::File::options().read(true).write(true).open("/dev/kvm");
+    opened.map_err(|e| eprintln!("skipped: /dev/kvm: {e}")).is_ok()
+}
+
 /// An ELF kernel with a PVH entry that is `jmp .`; Xen's public note format and the ELF
 /// specification say what is where.
 pub fn kernel() -> Vec<u8> {

@@ -1,8 +1,7 @@
 //! Migrations between two real processes that end badly: what the source says, and what its
 //! operator can do. The guest is one instruction, so the KVM of any host does.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -20,28 +19,11 @@ struct Place {
 impl Place {
     /// `None`, with the reason printed, where there is no KVM.
     fn new() -> Option<Self> {
-        if let Err(e) = fs::File::options().read(true).write(true).open("/dev/kvm") {
-            eprintln!("skipped: /dev/kvm: {e}");
+        if !e2e::tiny::has_kvm() {
             return None;
         }
         let dir = tempfile::tempdir().unwrap();
-        let file = |name: &str, bytes: &[u8]| -> PathBuf {
-            let path = dir.path().join(name);
-            fs::write(&path, bytes).unwrap();
-            path
-        };
-        let config = Config {
-            program: env!("CARGO_BIN_EXE_tern").into(),
-            name: "source".into(),
-            memory_mib: 16,
-            cpus: 1,
-            kernel: file("kernel", &e2e::tiny::kernel()),
-            initrd: file("initrd", b"none"),
-            append: String::new(),
-            disk: Some(file("disk", &[0; 1 << 16])),
-            incoming: None,
-            extra: Vec::new(),
-        };
+        let config = e2e::tiny::config(env!("CARGO_BIN_EXE_tern"), dir.path()).unwrap();
         Some(Self { dir, config, tries: 0 })
     }
 

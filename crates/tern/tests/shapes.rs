@@ -88,25 +88,12 @@ impl Check {
 
 /// The same words as for the recording.
 fn config(dir: &Path) -> Config {
-    let file = |name: &str, bytes: &[u8]| {
-        std::fs::write(dir.join(name), bytes).unwrap();
-        dir.join(name)
-    };
     let words = "-S -chardev null,id=s0 -device isa-serial,chardev=s0 \
                  -device pcie-root-port,id=rp1,chassis=1,port=1 -smp 2,sockets=1,cores=2 \
                  -device virtio-rng-pci,id=rng0,bus=rp1";
-    Config {
-        program: env!("CARGO_BIN_EXE_tern").into(),
-        name: "a".into(),
-        memory_mib: 64,
-        cpus: 2,
-        kernel: file("kernel", &e2e::tiny::kernel()),
-        initrd: file("initrd", b"none"),
-        append: String::new(),
-        disk: Some(file("disk", &[0; 1 << 20])),
-        incoming: None,
-        extra: words.split_whitespace().map(str::to_owned).collect(),
-    }
+    let extra = words.split_whitespace().map(str::to_owned).collect();
+    let tiny = e2e::tiny::config(env!("CARGO_BIN_EXE_tern"), dir).unwrap();
+    Config { name: "a".into(), memory_mib: 64, cpus: 2, extra, ..tiny }
 }
 
 fn migrate(check: &mut Check, vm: &mut Vmm, to: &mut Vmm) {
@@ -147,8 +134,7 @@ fn migrate(check: &mut Check, vm: &mut Vmm, to: &mut Vmm) {
 
 #[test]
 fn replies_and_events_are_qemus() {
-    if let Err(e) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
-        eprintln!("skipped: /dev/kvm: {e}");
+    if !e2e::tiny::has_kvm() {
         return;
     }
     let golden = serde_json::from_str(include_str!("shapes.json")).unwrap();
