@@ -48,7 +48,7 @@ impl Key {
     #[inline]
     fn buckets(self, mask: usize) -> (usize, usize) {
         // A multiplication whose high half is folded in spreads addresses that count upwards.
-        let p = u128::from(self.0) * 0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835;
+        let p = u128::from(self.0) * 0x9e37_79b9_7f4a_7c15;
         let h = (p >> 64) as u64 ^ p as u64;
         (h as usize & mask, (h >> 32) as usize & mask)
     }
