@@ -212,6 +212,7 @@ fn a_side_dies_or_refuses() {
         assert_eq!(work.meet(&what, point, fault), Winner::Source, "{what}");
     }
     refused(&mut work);
+    abandoned(&mut work);
     // The end of this guest: its VMM crashes before the other may run it.
     let (mut to, address) = work.destination(|_| ());
     let at = work.bed.dir.join("last");
@@ -224,6 +225,32 @@ fn a_side_dies_or_refuses() {
     assert!(proxy.fault_is_done());
     assert_ne!(status, 0, "a destination that lost its source ends with a failure");
     assert!(!work.side.vm.is_running());
+}
+
+/// A destination that dies when it has run the guest, and before it may let its output out: nobody
+/// runs, the source says so, and its operator lets the guest go on there.
+fn abandoned(work: &mut Work) {
+    let what = "the destination is killed after running";
+    let (to, address) = work.destination(|_| ());
+    let at = work.bed.dir.join("abandoned");
+    let pid = to.vm.pid();
+    let point = Point::Before(kind::RELEASE);
+    let fault = Fault::Do(Box::new(move || kill(pid)));
+    let proxy = Proxy::start(&at, &address, Some((point, fault))).unwrap();
+    work.side.vm.qmp.execute("migrate", json!({"uri": proxy.uri()})).unwrap();
+    let until = Instant::now() + SETTLE;
+    let mut info = migration(&mut work.side.vm);
+    while info["status"] != "failed" {
+        assert!(Instant::now() < until, "{what}: {info}");
+        std::thread::sleep(Duration::from_millis(20));
+        info = migration(&mut work.side.vm);
+    }
+    assert!(proxy.fault_is_done(), "{what}");
+    let why = info["error-desc"].as_str().unwrap_or_default();
+    assert!(why.contains("runs nowhere") && why.contains("cont"), "{what}: {info}");
+    assert_eq!(work.side.vm.status().unwrap(), "postmigrate", "{what}");
+    work.side.vm.qmp.execute("cont", Value::Null).unwrap();
+    work.go_on(Winner::Source, to, what);
 }
 
 /// A destination with other memory says no before any moves, and both sides say why.

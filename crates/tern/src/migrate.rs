@@ -153,9 +153,22 @@ fn finish(vm: &Entry, uri: &str, answer: &Value) -> Outcome {
         }
         _ => {
             let why = answer.get("error-desc").and_then(Value::as_str).unwrap_or("no reason given");
-            Err(format!("VM {}: the migration failed: {why}", vm.name).into())
+            let here = client::execute(vm, "query-status", json!({})).map_or_else(
+                |_| String::new(),
+                |state| stands(&vm.name, status(&state), why.contains("with cont")),
+            );
+            Err(format!("VM {}: the migration failed: {why}{here}", vm.name).into())
         }
     }
+}
+
+/// How the VM stands here after a migration that failed, and the command for what `why` leaves to
+/// the operator.
+fn stands(name: &str, state: &str, left_to_operator: bool) -> String {
+    if left_to_operator {
+        return format!(". Here it is {state}; cont is: tern monitor {name} cont");
+    }
+    format!(". Here it is {state}")
 }
 
 fn summary(vm: &Entry, uri: &str, answer: &Value) -> String {

@@ -36,8 +36,8 @@ impl Place {
         Config { extra, ..self.config.clone() }.start(self.path(), None).unwrap()
     }
 
-    /// Migrates `source` to a destination that is killed at `point`; what query-migrate says then.
-    fn killed_at(&mut self, source: &mut Vmm, point: Point) -> Value {
+    /// A destination that is killed at `point`, and the path to it.
+    fn doomed(&mut self, point: Point) -> (Vmm, Proxy) {
         self.tries += 1;
         let address = self.path().join(format!("in{}", self.tries));
         let incoming = Some(format!("unix:{}", address.display()));
@@ -49,7 +49,12 @@ impl Place {
         };
         let at = self.path().join(format!("path{}", self.tries));
         let fault = Fault::Do(Box::new(kill));
-        let proxy = Proxy::start(&at, &address, Some((point, fault))).unwrap();
+        (to, Proxy::start(&at, &address, Some((point, fault))).unwrap())
+    }
+
+    /// Migrates `source` to such a destination; what query-migrate says then.
+    fn killed_at(&mut self, source: &mut Vmm, point: Point) -> Value {
+        let (_to, proxy) = self.doomed(point);
         source.qmp.execute("migrate", json!({"uri": proxy.uri()})).unwrap();
         let until = Instant::now() + Duration::from_secs(60);
         loop {
@@ -123,4 +128,32 @@ fn after_a_failed_migration_a_source_is_what_it_was() {
     place.killed_at(&mut source, Point::Before(kind::READY));
     assert_eq!(source.status().unwrap(), "paused");
     assert_eq!(source.quit().unwrap(), 0);
+}
+
+#[test]
+fn the_tern_command_says_what_is_left_to_do() {
+    let Some(mut place) = Place::new() else { return };
+    let name = format!("handover-{}", std::process::id());
+    place.config.name.clone_from(&name);
+    let mut source = place.source(&[]);
+    let tern = |words: &[&str]| {
+        let out = Command::new(env!("CARGO_BIN_EXE_tern")).args(words).output().unwrap();
+        let said = [out.stdout, out.stderr].concat();
+        (out.status.success(), String::from_utf8_lossy(&said).into_owned())
+    };
+    let (listed, all) = tern(&["ps"]);
+    if !listed || !all.contains(&name) {
+        eprintln!("skipped: VMs have no runtime directory here: {all}");
+        return;
+    }
+    let (_to, proxy) = place.doomed(Point::Before(kind::RELEASE));
+    let (went, said) = tern(&["migrate", &name, &proxy.uri()]);
+    assert!(!went && said.contains("runs nowhere"), "{said}");
+    assert!(said.contains(&format!("postmigrate; cont is: tern monitor {name} cont")), "{said}");
+    let (went, said) = tern(&["monitor", &name, "cont"]);
+    assert!(went, "{said}");
+    assert_eq!(source.status().unwrap(), "running");
+    let (_to, proxy) = place.doomed(Point::Before(kind::READY));
+    let (went, said) = tern(&["migrate", &name, &proxy.uri()]);
+    assert!(!went && said.contains("Here it is running"), "{said}");
 }
