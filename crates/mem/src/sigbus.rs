@@ -188,8 +188,10 @@ unsafe fn chain(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut l
     // SAFETY: null or a leaked box, never changed.
     let previous = unsafe { previous.as_ref() };
     match previous {
-        Some(p) if p.sa_sigaction == libc::SIG_IGN => {}
-        Some(p) if p.sa_sigaction != libc::SIG_DFL => {
+        // A fault cannot be ignored, as the kernel sees it: the access would fault for ever.
+        // SAFETY: the handler's own, valid siginfo.
+        Some(p) if p.sa_sigaction == libc::SIG_IGN && unsafe { (*info).si_code } <= 0 => {}
+        Some(p) if p.sa_sigaction != libc::SIG_DFL && p.sa_sigaction != libc::SIG_IGN => {
             // SAFETY: a handler that somebody installed for this signal, with the signature that
             // its flags say.
             unsafe {

@@ -44,7 +44,8 @@ impl MemoryTable {
 
     fn insert(&mut self, region: MemRegion, mapping: Arc<ForeignMapping>) -> Result<(), String> {
         self.0.iter().try_for_each(|(r, _)| overlap(r, &region))?;
-        if region.guest_addr % mem::PAGE_SIZE != 0 || region.size % mem::PAGE_SIZE != 0 {
+        let whole = |n: u64| n.is_multiple_of(mem::PAGE_SIZE);
+        if !whole(region.guest_addr) || !whole(region.size) {
             let (gpa, size) = (region.guest_addr, region.size);
             return Err(format!("region {gpa:#x}, {size:#x} bytes: must be whole 4 KiB pages"));
         }

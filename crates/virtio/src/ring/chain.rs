@@ -69,6 +69,12 @@ impl Chain {
         self.token.id
     }
 
+    /// Guest address of its first buffer.
+    #[cfg(test)]
+    pub(super) fn gpa(&self) -> u64 {
+        self.gpa[0]
+    }
+
     /// Bytes that the device may read.
     #[inline]
     pub fn readable_len(&self) -> u32 {

@@ -277,6 +277,26 @@ impl PackedRing {
         }
     }
 
+    /// Dies inside `publish`, after `step` of its steps.
+    #[cfg(test)]
+    pub fn publish_until(&mut self, step: u8) {
+        let Some((index, flags)) = self.first.take() else { return };
+        let used = self.next_used.bits();
+        if step > 0
+            && let Some(table) = &mut self.inflight
+        {
+            table.prepare(used);
+        }
+        if step > 1 {
+            self.write_flags(index, flags);
+        }
+        if step > 2
+            && let Some(table) = &mut self.inflight
+        {
+            table.commit(used);
+        }
+    }
+
     #[inline]
     pub fn needs_notification(&mut self) -> bool {
         let count = std::mem::take(&mut self.unsignalled);

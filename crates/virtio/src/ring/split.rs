@@ -205,6 +205,21 @@ impl SplitRing {
         self.published = self.next_used;
     }
 
+    /// Dies inside `publish`, after `step` of its steps.
+    #[cfg(test)]
+    pub fn publish_until(&mut self, step: u8) {
+        let Some(table) = &mut self.inflight else { return };
+        if step > 0 {
+            table.prepare(self.next_used);
+        }
+        if step > 1 {
+            self.used.set_idx(&self.mem, self.next_used);
+        }
+        if step > 2 {
+            table.commit(self.next_used);
+        }
+    }
+
     #[inline]
     pub fn needs_notification(&mut self) -> bool {
         if self.signalled == Some(self.published) {

@@ -75,12 +75,30 @@ pub fn packed(q: &mut InflightQueue, setup: &RingSetup) -> Result<RingPos, Strin
     clear_free_list(q)?;
     let taken = collect(q, setup.size)?;
     relink(q);
+    scrub(setup, used, taken);
     let index = u32::from(used & 0x7fff) + u32::from(taken);
     let size = u32::from(setup.size);
     let wrapped = index >= size;
     let index = if wrapped { index - size } else { index } as u16;
     let avail = index | (used & 0x8000) ^ (u16::from(wrapped) << 15);
     Ok(RingPos { avail, used })
+}
+
+/// The first descriptor of a batch is shown last. If the process died before that, the others
+/// already look used, and the driver would come upon them too early: they get back the look of
+/// descriptors that are with the device.
+fn scrub(setup: &RingSetup, used: u16, taken: u16) {
+    let (mut index, mut wrap) = (used & 0x7fff, used & 0x8000 != 0);
+    for _ in 0..taken {
+        let flags: u16 = if wrap { 1 << 7 } else { 1 << 15 };
+        // In memory: the ring's addresses were checked, or will be before it is used.
+        let at = setup.desc.saturating_add(16 * u64::from(index) + 14);
+        let _ = setup.mem.store_u16(at, flags, Ordering::Release);
+        index += 1;
+        if index == setup.size {
+            (index, wrap) = (0, !wrap);
+        }
+    }
 }
 
 /// Completes a batch that the driver has seen, or takes back one that it has not.
