@@ -4,8 +4,10 @@
 //! A [`Vmm`](crate::vmm::Vmm) that is dropped by a panic notes how it stands in its directory; the
 //! test's bed tells it all when it is dropped itself, also of VMMs that had ended before.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 /// The file in a VMM's directory that says how it stood when the test failed.
 pub const STATE: &str = "state.txt";
@@ -61,6 +63,40 @@ fn tell_one(dir: &Path) -> String {
     text
 }
 
+/// What the threads of process `pid` do for `time`: a vCPU that uses no time has a guest that waits,
+/// one that uses all has a guest that is lost in its own code.
+pub fn threads(pid: u32, time: Duration) -> String {
+    let before = ticks(pid);
+    std::thread::sleep(time);
+    // proc(5): in units of 10 ms, whatever the kernel's own.
+    let percent = |n: u64| n * 10 * 100 / (time.as_millis() as u64).max(1);
+    let used = ticks(pid).into_iter().map(|(id, (name, user, system))| {
+        let (_, u, s) = before.get(&id).cloned().unwrap_or((name.clone(), user, system));
+        (name, percent(user.saturating_sub(u)), percent(system.saturating_sub(s)))
+    });
+    let busy: Vec<_> = used
+        .filter(|(name, user, system)| name.contains("CPU") || user + system > 0)
+        .map(|(name, user, system)| format!("{name} {user}+{system}"))
+        .collect();
+    format!("threads' user and system time in percent: {}", busy.join(", "))
+}
+
+/// Name, user and system time of each thread.
+fn ticks(pid: u32) -> BTreeMap<u32, (String, u64, u64)> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let one = |task: fs::DirEntry| {
+        let id = task.file_name().to_str()?.parse().ok()?;
+        let stat = fs::read_to_string(task.path().join("stat")).ok()?;
+        // The name is in parentheses and may hold any.
+        let (head, tail) = stat.rsplit_once(')')?;
+        let name = head.split_once('(')?.1.to_owned();
+        let fields: Vec<_> = tail.split_whitespace().collect();
+        let field = |n: usize| fields.get(n)?.parse().ok();
+        Some((id, (name, field(11)?, field(12)?)))
+    };
+    tasks.filter_map(one).collect()
+}
+
 fn tail(text: &str) -> String {
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(LINES)..].join("\n")
@@ -75,6 +111,26 @@ fn printable(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_busy_thread_is_seen() {
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let order = std::sync::atomic::Ordering::Relaxed;
+        let told = std::thread::scope(|s| {
+            let spin = || {
+                while !stop.load(order) {
+                    std::hint::spin_loop();
+                }
+            };
+            std::thread::Builder::new().name("CPU 0/test".into()).spawn_scoped(s, spin).unwrap();
+            let told = threads(std::process::id(), Duration::from_millis(300));
+            stop.store(true, order);
+            told
+        });
+        let (_, percent) = told.split_once("CPU 0/test ").unwrap_or_else(|| panic!("{told}"));
+        let percent: u32 = percent.split('+').next().unwrap().parse().unwrap();
+        assert!(percent > 0, "{told}");
+    }
 
     #[test]
     fn the_ends_of_all_logs_are_told_and_a_triple_fault_first() {

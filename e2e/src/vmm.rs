@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::error::Context;
 use crate::network::Tap;
 use crate::qmp::Client;
-use crate::{Error, Result};
+use crate::{Error, Result, failure};
 
 /// The guest's network card.
 pub const MAC: &str = "52:54:00:7e:41:02";
@@ -21,6 +21,8 @@ pub const MAC_BYTES: [u8; 6] = [0x52, 0x54, 0x00, 0x7e, 0x41, 0x02];
 
 /// How long a VMM may take to say how it stands when a test has failed.
 const STATE_PATIENCE: Duration = Duration::from_secs(3);
+/// For how long its threads are watched then.
+const STATE_WATCH: Duration = Duration::from_millis(500);
 
 /// What to start.
 #[derive(Clone, Debug)]
@@ -271,8 +273,11 @@ impl Vmm {
         }
         let answer = self.qmp.execute_within("query-status", Value::Null, STATE_PATIENCE);
         let events: Vec<_> = self.qmp.events().map(|e| e.name.clone()).collect();
+        let threads = failure::threads(self.pid(), STATE_WATCH);
         match answer {
-            Ok(status) => format!("query-status {status}, events not looked at {events:?}"),
+            Ok(status) => {
+                format!("query-status {status}, events not looked at {events:?}, {threads}")
+            }
             Err(e) => format!("it does not say how it stands: {e}"),
         }
     }
@@ -282,7 +287,7 @@ impl Drop for Vmm {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let state = self.state();
-            let _ = fs::write(self.dir.join(crate::failure::STATE), state);
+            let _ = fs::write(self.dir.join(failure::STATE), state);
         }
         self.kill();
     }
