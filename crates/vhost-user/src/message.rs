@@ -443,9 +443,15 @@ pub fn decode(header: Header, payload: &[u8], fds: usize) -> Result<Message> {
     let kind = header.kind;
     let wrong = |reason| Error::Protocol { message: kind.name(), reason };
     let mut known = shape(kind).ok_or_else(|| wrong("this message is not supported".into()))?;
-    // During post-copy the front end confirms our answer to ADD_MEM_REG by the same message with a
-    // u64. (SET_MEM_TABLE likewise: there the u64 0 reads as a table without regions.)
-    if kind == Kind::Request(FrontendId::AddMemReg) && payload.len() == 8 {
+    // What else goes by the same name as memory regions: the plain answer, whether it worked; and,
+    // during post-copy, the front end's confirmation of the other kind of answer. (A confirmation
+    // of SET_MEM_TABLE reads as a table without regions.)
+    let double = matches!(
+        kind,
+        Kind::Request(FrontendId::AddMemReg)
+            | Kind::Reply(FrontendId::AddMemReg | FrontendId::SetMemTable)
+    );
+    if double && payload.len() == 8 {
         known = (Shape::U64, Fds::Exactly(0));
     }
     let payload = decode_payload(kind, known.0, payload).map_err(wrong)?;

@@ -32,9 +32,11 @@ fn payload(kind: Kind, n: [u64; 4], count: usize) -> Option<(Payload, usize)> {
     };
     let payload = match layout {
         Shape::Empty => Payload::Empty,
-        Shape::Ack if count % 2 == 0 => Payload::Empty,
+        Shape::Ack if count.is_multiple_of(2) => Payload::Empty,
         Shape::Ack | Shape::U64 => Payload::U64(n[0]),
-        Shape::VringFd => Payload::VringFd(VringFd { index: n[0] as u8, has_fd: n[1] % 2 == 0 }),
+        Shape::VringFd => {
+            Payload::VringFd(VringFd { index: n[0] as u8, has_fd: n[1].is_multiple_of(2) })
+        }
         Shape::State => {
             let num = match kind {
                 Kind::Request(FrontendId::SetVringNum) => n[1] as u32 % MAX_RING_SIZE + 1,
@@ -110,6 +112,10 @@ proptest! {
             let message = Message { kind, need_reply, payload };
             let mut bytes = Vec::new();
             encode(&message, &mut bytes);
+            let answer = kind == Kind::Reply(FrontendId::SetMemTable);
+            if answer && message.payload == Payload::MemTable(Vec::new()) {
+                continue; // the same bytes as "it worked"
+            }
             prop_assert_eq!(parse(&bytes, incoming(kind), fds).unwrap(), message.clone());
             // Every truncation, and a byte too many; but for what is allowed to be shorter.
             let body = &bytes[HEADER_SIZE..];
@@ -122,6 +128,7 @@ proptest! {
                     Payload::Inflight(_) => len == 20,
                     Payload::Iotlb(_) => len == 26,
                     Payload::MemRegion(_) => len == 8,
+                    Payload::MemTable(_) => answer && len == 8,
                     Payload::U64(_) => len == 0,
                     Payload::Config(_) => len == 12 || len == 0,
                     // Fewer whole regions are a table too, with another number of them.
