@@ -8,6 +8,7 @@
 //!   again when it was restarted.
 //! - [`message`]: the wire, with its validity checks.
 //! - [`protocol`]: feature bits that the protocol fixes.
+//! - `testing`: peers that lie (feature `testing`).
 //! - `socket`: messages and descriptors over a socket.
 
 pub mod backend;
@@ -15,6 +16,8 @@ pub mod frontend;
 pub mod message;
 pub mod protocol;
 mod socket;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use backend::{Backend, Connection};
 pub use frontend::Frontend;

@@ -211,7 +211,7 @@ fn receive_some(stream: &UnixStream, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> 
 }
 
 /// One sendmsg.
-fn send_some(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
+pub fn send_some(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
     let mut control = [0_u64; CMSG_WORDS];
     let mut iov = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
     // SAFETY: a msghdr of zeroes is valid.
