@@ -132,6 +132,13 @@ impl Ring {
         each!(&mut self.0, r => r.pop(chain))
     }
 
+    /// [`pop`](Self::pop) into as many of `chains` as there is something for, from the front, with
+    /// one look at how far the driver is. Returns how many, and the error that ended it, if any.
+    #[inline]
+    pub fn pop_burst(&mut self, chains: &mut [Chain]) -> (usize, Result<(), RingError>) {
+        each!(&mut self.0, r => r.pop_burst(chains))
+    }
+
     /// Whether [`pop`](Self::pop) would find something (a chain or an error), without taking it.
     #[inline]
     pub fn has_work(&mut self) -> bool {

@@ -150,6 +150,26 @@ impl<'a> Sink<'a> {
         self.write_pieces(bytes, source)
     }
 
+    /// [`write`](Self::write) of a header of known length.
+    #[inline]
+    pub fn write_plain<const N: usize>(&mut self, header: &[u8; N], source: Source<'_>) {
+        if let ([to], [from]) = (self.iov, source.iov)
+            && self.at == 0
+            && N + source.len <= to.iov_len
+            && source.skip + source.len <= from.iov_len
+        {
+            let p = to.iov_base.cast::<u8>();
+            // SAFETY: as in `write`.
+            unsafe {
+                std::ptr::copy_nonoverlapping(header.as_ptr(), p, N);
+                let from = from.iov_base.cast::<u8>().add(source.skip);
+                copy_frame(from, p.add(N), source.len);
+            }
+        } else {
+            self.write_pieces(header, source);
+        }
+    }
+
     #[inline(never)]
     fn write_pieces(&mut self, bytes: &[u8], source: Source<'_>) -> usize {
         let mut done = self.put(bytes.as_ptr(), bytes.len());

@@ -16,6 +16,8 @@ use crate::vlan::Edit;
 pub trait Output {
     /// What the other side takes.
     fn accepts(&self) -> Offloads;
+    /// So many frames are about to be put.
+    fn prepare(&mut self, _frames: usize) {}
     /// Puts one frame, `prefix` (at most 16 bytes) and then `rest`; the other side sees it after
     /// [`flush`](Self::flush).
     ///
@@ -48,6 +50,7 @@ pub struct Context<'a> {
 #[inline]
 pub fn send(out: &mut impl Output, burst: &Burst, list: &[u8], x: &mut Context<'_>) -> usize {
     let accepts = out.accepts();
+    out.prepare(list.len());
     let (mut frames, mut bytes) = (0, 0);
     for &i in list {
         let i = usize::from(i);

@@ -13,7 +13,7 @@ use virtio::{Chain, InflightQueue, Interrupt, Ring, RingError, RingPos, RingSetu
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::burst::{BURST, Burst, MAX_FRAME, MIN_FRAME};
-use crate::copy::{Sink, Source};
+use crate::copy::{self, Sink, Source};
 use crate::counters::{Drop, QueueCounters};
 use crate::header::{HEADER_LEN, LEGACY_HEADER_LEN, NEEDS_CSUM, VnetHeader};
 use crate::output::Output;
@@ -112,21 +112,14 @@ impl RxRing {
     /// The driver broke the ring's rules. Frames taken before that are in `burst`.
     #[inline]
     pub fn receive(&mut self, burst: &mut Burst, c: &QueueCounters) -> Result<(), RingError> {
-        let mut error = Ok(());
-        while self.taken < BURST {
-            let chain = &mut self.chains[self.taken];
-            match self.ring.pop(chain) {
-                Ok(true) => {
-                    if let Some(v) = chain.readable().first() {
-                        crate::copy::prefetch(v.iov_base.cast());
-                    }
-                    self.taken += 1;
-                }
-                Ok(false) => break,
-                Err(e) => {
-                    error = Err(e);
-                    break;
-                }
+        let (taken, error) = self.ring.pop_burst(&mut self.chains);
+        self.taken = taken;
+        for chain in &self.chains[..taken] {
+            if let Some(v) = chain.readable().first() {
+                // Header and headers: two lines, as drivers put them.
+                let p = v.iov_base.cast::<u8>();
+                copy::prefetch(p);
+                copy::prefetch(p.wrapping_add(64));
             }
         }
         for chain in &self.chains[..self.taken] {
@@ -222,6 +215,9 @@ pub struct TxRing {
     accepts: Offloads,
     mergeable: bool,
     chains: Vec<Chain>,
+    /// `chains[at..have]` are taken and not used.
+    at: usize,
+    have: usize,
     error: Option<RingError>,
 }
 
@@ -237,7 +233,9 @@ impl TxRing {
             accepts: accepts(setup.features),
             mergeable: has(setup.features, feature::MRG_RXBUF),
             call: setup.call.clone(),
-            chains: vec![Chain::new()],
+            chains: (0..BURST + MAX_MERGED).map(|_| Chain::new()).collect(),
+            at: 0,
+            have: 0,
             error: None,
         })
     }
@@ -252,47 +250,109 @@ impl TxRing {
         self.ring.position()
     }
 
-    #[inline]
-    fn pop(&mut self, i: usize) -> Result<bool, Drop> {
+    /// Takes `more` buffers beyond those that it has, as far as they are there.
+    fn take(&mut self, more: usize) {
         if self.error.is_some() {
-            return Ok(false);
+            return;
         }
-        if i == self.chains.len() {
-            self.chains.push(Chain::new());
+        if self.at == self.have {
+            (self.at, self.have) = (0, 0);
         }
-        self.ring.pop(&mut self.chains[i]).map_err(|e| {
+        let end = (self.have + more).min(self.chains.len());
+        let (n, result) = self.ring.pop_burst(&mut self.chains[self.have..end]);
+        for chain in &self.chains[self.have..self.have + n] {
+            if let Some(v) = chain.writable().first() {
+                let p = v.iov_base.cast::<u8>();
+                copy::prefetch_write(p);
+                copy::prefetch_write(p.wrapping_add(64));
+            }
+        }
+        self.have += n;
+        if let Err(e) = result {
             self.error = Some(e);
-            Drop::NoBuffers
-        })
+        }
     }
 
-    /// Gives the first `n` chains back, the last one first.
-    fn unpop(&mut self, n: usize) {
-        for chain in self.chains[..n].iter().rev() {
+    /// Gives buffers that were taken and not used back, the last one first.
+    fn give_back(&mut self) {
+        for chain in self.chains[self.at..self.have].iter().rev() {
             if let Err(e) = self.ring.unpop(chain) {
                 self.error.get_or_insert(e);
             }
         }
+        (self.at, self.have) = (0, 0);
     }
 
-    /// Takes as many buffers as hold `total` bytes.
+    /// How many of the next buffers hold `total` bytes.
     fn collect(&mut self, total: u32) -> Result<usize, Drop> {
-        let mut room = self.chains[0].writable_len();
-        let mut n = 1;
+        let (mut room, mut n) = (0u32, 0);
         while room < total {
-            let more = if !self.mergeable || n == MAX_MERGED {
-                Err(Drop::TooBigForPort)
-            } else {
-                self.pop(n).and_then(|got| if got { Ok(()) } else { Err(Drop::NoBuffers) })
-            };
-            if let Err(reason) = more {
-                self.unpop(n);
-                return Err(reason);
+            if n > 0 && (!self.mergeable || n == MAX_MERGED) {
+                return Err(Drop::TooBigForPort);
             }
-            room = room.saturating_add(self.chains[n].writable_len());
+            if self.at + n == self.have {
+                if self.at > 0 && self.have == self.chains.len() {
+                    // The end of the list: go on from its start.
+                    self.give_back();
+                    n = 0;
+                    room = 0;
+                }
+                self.take(1);
+                if self.at + n == self.have {
+                    return Err(Drop::NoBuffers);
+                }
+            }
+            room = room.saturating_add(self.chains[self.at + n].writable_len());
             n += 1;
         }
         Ok(n)
+    }
+
+    /// The way of a frame that does not fit one buffer, or comes after the last one taken.
+    #[inline(never)]
+    fn put_merged(
+        &mut self,
+        header: &VnetHeader,
+        prefix: &[u8],
+        mut rest: Source<'_>,
+    ) -> Result<(), Drop> {
+        let total = (self.header_len + prefix.len() + rest.len()) as u32;
+        let n = self.collect(total)?;
+        let start = Start::new(header, prefix, self.header_len, n);
+        let mut start = start.bytes();
+        for chain in &self.chains[self.at..self.at + n] {
+            let room = chain.writable_len() as usize;
+            let head = start.len().min(room);
+            let body = rest.len().min(room - head);
+            // SAFETY: the chain's buffers, which it keeps alive.
+            unsafe { Sink::new(chain.writable()) }.write(&start[..head], rest.first(body));
+            self.ring.push(chain, (head + body) as u32);
+            (start, rest) = (&start[head..], rest.after(body));
+        }
+        self.at += n;
+        Ok(())
+    }
+}
+
+/// Header and prefix of a frame as they are sent.
+struct Start {
+    bytes: [u8; HEADER_LEN + 16],
+    len: usize,
+}
+
+impl Start {
+    #[inline]
+    fn new(header: &VnetHeader, prefix: &[u8], header_len: usize, buffers: usize) -> Self {
+        let mut bytes = [0; HEADER_LEN + 16];
+        let h = VnetHeader { num_buffers: buffers as u16, ..*header };
+        bytes[..HEADER_LEN].copy_from_slice(&h.to_bytes());
+        let len = header_len + prefix.len();
+        bytes[header_len..len].copy_from_slice(prefix);
+        Self { bytes, len }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.len]
     }
 }
 
@@ -303,40 +363,36 @@ impl Output for TxRing {
     }
 
     #[inline]
+    fn prepare(&mut self, frames: usize) {
+        self.take(frames);
+    }
+
+    #[inline]
     fn put(&mut self, header: &VnetHeader, prefix: &[u8], rest: Source<'_>) -> Result<(), Drop> {
-        if !self.pop(0)? {
-            return Err(Drop::NoBuffers);
-        }
         let total = (self.header_len + prefix.len() + rest.len()) as u32;
-        let n = if self.chains[0].writable_len() >= total { 1 } else { self.collect(total)? };
-        let mut start = [0; HEADER_LEN + 16];
-        let mut h = *header;
-        h.num_buffers = n as u16;
-        start[..HEADER_LEN].copy_from_slice(&h.to_bytes());
-        start[self.header_len..self.header_len + prefix.len()].copy_from_slice(prefix);
-        let start = &start[..self.header_len + prefix.len()];
-        if n == 1 {
-            let chain = &self.chains[0];
-            // SAFETY: the chain's buffers, which it keeps alive.
-            unsafe { Sink::new(chain.writable()) }.write(start, rest);
-            self.ring.push(chain, total);
-            return Ok(());
+        let next = self.chains[..self.have].get(self.at);
+        let Some(chain) = next.filter(|c| c.writable_len() >= total) else {
+            return self.put_merged(header, prefix, rest);
+        };
+        // SAFETY: the chain's buffers, which it keeps alive.
+        let mut sink = unsafe { Sink::new(chain.writable()) };
+        if prefix.is_empty() && self.header_len == HEADER_LEN {
+            let h = VnetHeader { num_buffers: 1, ..*header };
+            sink.write_plain(&h.to_bytes(), rest);
+        } else {
+            sink.write(Start::new(header, prefix, self.header_len, 1).bytes(), rest);
         }
-        let (mut start, mut rest) = (start, rest);
-        for chain in &self.chains[..n] {
-            let room = chain.writable_len() as usize;
-            let head = start.len().min(room);
-            let body = rest.len().min(room - head);
-            // SAFETY: as above.
-            unsafe { Sink::new(chain.writable()) }.write(&start[..head], rest.first(body));
-            self.ring.push(chain, (head + body) as u32);
-            (start, rest) = (&start[head..], rest.after(body));
-        }
+        self.ring.push(chain, total);
+        self.at += 1;
         Ok(())
     }
 
     #[inline]
     fn flush(&mut self, c: &QueueCounters) {
+        if self.at < self.have {
+            self.give_back();
+        }
+        (self.at, self.have) = (0, 0);
         self.ring.publish();
         if self.ring.needs_notification() {
             self.call.notify();

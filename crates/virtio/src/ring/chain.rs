@@ -217,6 +217,15 @@ impl Chain {
         }
         let Self { iov, gpa, .. } = self;
         let mut done = 0;
+        // Nearly always a buffer lies in one region.
+        if len > 0
+            && iov.len() < MAX_SEGMENTS
+            && let Ok(slice) = mem.slice(addr, len as usize)
+        {
+            iov.push(slice.iovec());
+            gpa.push(addr);
+            done = len;
+        }
         while done < len {
             if iov.len() >= MAX_SEGMENTS {
                 return Err(RingError::TooManySegments);

@@ -211,6 +211,18 @@ impl PackedRing {
         Err(RingError::ChainTooLong)
     }
 
+    #[inline]
+    pub fn pop_burst(&mut self, chains: &mut [Chain]) -> (usize, Result<(), RingError>) {
+        for (n, chain) in chains.iter_mut().enumerate() {
+            match self.pop(chain) {
+                Ok(true) => {}
+                Ok(false) => return (n, Ok(())),
+                Err(e) => return (n, Err(e)),
+            }
+        }
+        (chains.len(), Ok(()))
+    }
+
     pub fn unpop(&mut self, chain: &Chain) -> Result<(), RingError> {
         let Token { id, entries, before, after, slot } = chain.token;
         if after != self.next_avail.bits() || entries == 0 || entries > self.taken {

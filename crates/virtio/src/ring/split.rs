@@ -134,6 +134,29 @@ impl SplitRing {
     }
 
     #[inline]
+    pub fn pop_burst(&mut self, chains: &mut [Chain]) -> (usize, Result<(), RingError>) {
+        if usize::from(self.avail_seen.wrapping_sub(self.next_avail)) < chains.len() {
+            // The driver writes here all the time: every look costs a cache miss.
+            self.avail_seen = self.avail.idx();
+        }
+        let waiting = usize::from(self.avail_seen.wrapping_sub(self.next_avail));
+        for i in 0..waiting.min(chains.len()) {
+            self.desc.prefetch(self.avail.entry(self.next_avail.wrapping_add(i as u16)));
+        }
+        for (n, chain) in chains.iter_mut().enumerate() {
+            if self.next_avail == self.avail_seen && self.to_resubmit().is_none() {
+                return (n, Ok(()));
+            }
+            match self.pop(chain) {
+                Ok(true) => {}
+                Ok(false) => return (n, Ok(())),
+                Err(e) => return (n, Err(e)),
+            }
+        }
+        (chains.len(), Ok(()))
+    }
+
+    #[inline]
     fn walk(&self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
         let mut index = head;
         for _ in 0..self.size {
