@@ -7,7 +7,6 @@ pub mod footprint;
 pub mod guests;
 pub mod load;
 pub mod migrate;
-pub mod peers;
 pub mod picture;
 pub mod qmp;
 

@@ -12,6 +12,7 @@ mod kernel;
 mod lab;
 mod paths;
 mod python;
+mod qemu;
 mod setup;
 mod test;
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::{load, median, out_dir, peers};
+use super::{load, median, out_dir};
 use crate::host::{self, Host};
 use crate::{Result, guest, setup};
 
@@ -72,7 +72,7 @@ pub fn measure(what: &str, args: &GuestArgs, more: &[&str]) -> Result<(Vec<Row>,
         Some(path) => std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()))?,
         None => built,
     };
-    let qemu = peers::qemu()?;
+    let qemu = crate::qemu::newest()?;
     let out = out_dir()?.join(format!("{what}.json"));
     let _ = fs::remove_file(&out);
     let command = qemu.command();

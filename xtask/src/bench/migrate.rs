@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::load::{self, Process};
-use super::peers::{self, Qemu};
 use super::picture::{self, Bar};
 use super::qmp::Qmp;
 use super::{median, out_dir};
+use crate::qemu::{self, Qemu};
 use crate::{Result, guest, host, setup};
 
 /// Where the guest's data begins; a kernel lies below it.
@@ -147,7 +147,7 @@ impl Setting {
         sparse.map_err(|e| format!("{}: {e}", zero.display()))?;
         let kernel = guest::ensure()?.kernel;
         let (patience, retries) = (Duration::from_secs(args.patience), args.retries);
-        Ok(Self { tern, qemu: peers::qemu()?, kernel, random, zero, data, dir, patience, retries })
+        Ok(Self { tern, qemu: qemu::newest()?, kernel, random, zero, data, dir, patience, retries })
     }
 
     fn vmm(&self, who: Contestant, role: &str, socket: &Path) -> Command {

@@ -206,7 +206,7 @@ impl Machine {
 }
 
 fn qemu(image: &image::Image, opts: &Options, shell: bool, dir: &Path) -> Command {
-    let mut command = Command::new("qemu-system-x86_64");
+    let mut command = crate::qemu::emulator();
     let quiet = if opts.verbose { "" } else { "quiet" };
     command.stderr(Stdio::piped());
     let log = if opts.verbose {
