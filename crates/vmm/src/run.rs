@@ -55,6 +55,8 @@ fn try_run(spec: spec::Machine, ready: impl FnOnce()) -> Result<i32, String> {
         chardevs: chardevs.clone(),
         requests,
     });
+    // Whoever is greeted by a monitor may count on it that the VM can be migrated to.
+    listen(&control, &spec)?;
     let monitors = start_monitors(&spec, &chardevs, &control, &events)?;
     signals::started();
     start(&control, &spec)?;
@@ -120,17 +122,25 @@ pub fn find_chardev(chardevs: &[Arc<dyn Chardev>], id: &str) -> Result<Arc<dyn C
     found.cloned().ok_or_else(|| format!("chardev '{id}' not found"))
 }
 
-/// Runs the guest, or waits for one, or leaves it to the monitor.
-fn start(control: &Control, spec: &spec::Machine) -> Result<(), String> {
-    let Some((machine, migration)) = &control.machine else { return Ok(()) };
+/// Waits for a guest to come, where one was told to.
+fn listen(control: &Control, spec: &spec::Machine) -> Result<(), String> {
+    let Some((_, migration)) = &control.machine else { return Ok(()) };
     match spec.process.incoming.as_deref() {
-        Some("defer") => Ok(()),
+        None | Some("defer") => Ok(()),
         Some(uri) => {
             let uri = uri.parse().map_err(|e: migrate::Error| format!("-incoming: {e}"))?;
             migration.listen(uri).map_err(|e| format!("-incoming: {e}"))
         }
-        None if spec.process.paused => Ok(()),
-        None => machine.cont().map_err(|e| e.to_string()),
+    }
+}
+
+/// Runs the guest, or leaves it to the monitor or to the migration that it comes by.
+fn start(control: &Control, spec: &spec::Machine) -> Result<(), String> {
+    match &control.machine {
+        Some((machine, _)) if spec.process.incoming.is_none() && !spec.process.paused => {
+            machine.cont().map_err(|e| e.to_string())
+        }
+        _ => Ok(()),
     }
 }
 

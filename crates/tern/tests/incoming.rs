@@ -1,4 +1,5 @@
-//! A crowd that connects to a destination and says nothing keeps no migration out.
+//! Who connects to a destination: a crowd that says nothing keeps no migration out, and whoever was
+//! greeted by its monitor finds it listening.
 
 use std::net::TcpStream;
 use std::os::fd::OwnedFd;
@@ -59,5 +60,23 @@ fn a_migration_gets_through_a_crowd_of_silent_connections() {
     let unix = format!("unix:{}", dir.path().join("in").display());
     for (turn, uri) in ["tcp:127.0.0.1:0", &unix].into_iter().enumerate() {
         through_a_crowd(dir.path(), &config, turn, uri);
+    }
+}
+
+/// A script that was greeted by the destination's monitor starts the migration at once.
+#[test]
+fn a_destination_that_greets_can_be_migrated_to() {
+    if !e2e::tiny::has_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let config = e2e::tiny::config(env!("CARGO_BIN_EXE_tern"), dir.path()).unwrap();
+    for turn in 0..10 {
+        let at = dir.path().join(format!("in{turn}"));
+        let incoming = Some(format!("unix:{}", at.display()));
+        let config = Config { name: format!("greets{turn}"), incoming, ..config.clone() };
+        let mut to = config.start(dir.path(), None).unwrap();
+        UnixStream::connect(&at).unwrap();
+        assert_eq!(to.status().unwrap(), "inmigrate");
     }
 }
