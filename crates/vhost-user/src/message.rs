@@ -296,8 +296,9 @@ pub struct DeviceState {
 enum Shape {
     Empty,
     U64,
-    /// Empty or a u64: answers of which the specification leaves it open.
-    Ack,
+    /// Empty, a u64 or the log again: the answer to SET_LOG_BASE, which the specification leaves
+    /// open. DPDK sends nothing, libvhost-user a number, rust-vmm the log and expects that, too.
+    LogAnswer,
     VringFd,
     State,
     Addr,
@@ -331,7 +332,7 @@ fn shape(kind: Kind) -> Option<(Shape, Fds)> {
             FrontendId::GetVringBase => (Shape::State, none),
             FrontendId::GetConfig => (Shape::Config, none),
             FrontendId::GetInflightFd => (Shape::Inflight, one),
-            FrontendId::SetLogBase => (Shape::Ack, none),
+            FrontendId::SetLogBase => (Shape::LogAnswer, none),
             FrontendId::SetMemTable => (Shape::MemTable, none),
             FrontendId::AddMemReg => (Shape::MemRegion, none),
             FrontendId::PostcopyAdvise => (Shape::U64, Fds::UpTo(1)),
@@ -485,8 +486,11 @@ fn decode_payload(kind: Kind, shape: Shape, bytes: &[u8]) -> Checked<Payload> {
             expect(0)?;
             Payload::Empty
         }
-        Shape::Ack if bytes.is_empty() => Payload::Empty,
-        Shape::Ack | Shape::U64 => {
+        Shape::LogAnswer if bytes.is_empty() => Payload::Empty,
+        Shape::LogAnswer if bytes.len() == 16 => {
+            Payload::Log(LogArea { size: r.u64(), offset: r.u64() })
+        }
+        Shape::LogAnswer | Shape::U64 => {
             expect(8)?;
             Payload::U64(r.u64())
         }

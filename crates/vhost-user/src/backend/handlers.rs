@@ -282,7 +282,7 @@ impl Session {
             self.rebuild(id)?;
             self.resume(device, id, true)?;
         }
-        Ok(Outcome::Reply(Payload::U64(0), None))
+        Ok(Outcome::Reply(Payload::Log(log), None))
     }
 
     fn ring(&mut self, id: FrontendId, index: u32) -> Result<(usize, &mut RingState)> {

@@ -119,9 +119,8 @@ impl Frontend {
         let Some(log) = self.noted.log.clone() else { return Ok(()) };
         let id = FrontendId::SetLogBase;
         self.transmit(id, Payload::Log(log_area(&log)), false, &[log.file().as_fd()])?;
-        // Some answer with a number, some with nothing in it.
         match self.answer(id)?.0 {
-            Payload::Empty | Payload::U64(0) => Ok(()),
+            Payload::Empty | Payload::Log(_) | Payload::U64(0) => Ok(()),
             Payload::U64(n) => {
                 let reason = format!("the back end failed to do it (code {n})");
                 Err(Error::Device { message: id.name(), reason })

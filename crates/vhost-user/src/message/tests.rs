@@ -32,8 +32,9 @@ fn payload(kind: Kind, n: [u64; 4], count: usize) -> Option<(Payload, usize)> {
     };
     let payload = match layout {
         Shape::Empty => Payload::Empty,
-        Shape::Ack if count.is_multiple_of(2) => Payload::Empty,
-        Shape::Ack | Shape::U64 => Payload::U64(n[0]),
+        Shape::LogAnswer if count.is_multiple_of(3) => Payload::Empty,
+        Shape::LogAnswer if count % 3 == 1 => Payload::Log(LogArea { size: n[0], offset: n[1] }),
+        Shape::LogAnswer | Shape::U64 => Payload::U64(n[0]),
         Shape::VringFd => {
             Payload::VringFd(VringFd { index: n[0] as u8, has_fd: n[1].is_multiple_of(2) })
         }
@@ -110,6 +111,7 @@ proptest! {
         for kind in kinds() {
             let Some((payload, fds)) = payload(kind, n, count) else { continue };
             let message = Message { kind, need_reply, payload };
+            let layout = shape(kind).unwrap().0;
             let mut bytes = Vec::new();
             encode(&message, &mut bytes);
             let answer = kind == Kind::Reply(FrontendId::SetMemTable);
@@ -119,7 +121,7 @@ proptest! {
             prop_assert_eq!(parse(&bytes, incoming(kind), fds).unwrap(), message.clone());
             // Every truncation, and a byte too many; but for what is allowed to be shorter.
             let body = &bytes[HEADER_SIZE..];
-            for len in (0..body.len()).chain([body.len() + 1]) {
+            for len in (0..body.len()).chain([body.len() + 1, body.len() + 9]) {
                 let mut other = bytes.clone();
                 other.resize(HEADER_SIZE + len, 0);
                 other[8..12].copy_from_slice(&(len as u32).to_ne_bytes());
@@ -130,6 +132,7 @@ proptest! {
                     Payload::MemRegion(_) => len == 8,
                     Payload::MemTable(_) => answer && len == 8,
                     Payload::U64(_) => len == 0,
+                    Payload::Log(_) => layout == Shape::LogAnswer && (len == 0 || len == 8),
                     Payload::Config(_) => len == 12 || len == 0,
                     // Fewer whole regions are a table too, with another number of them.
                     _ => false,

@@ -316,10 +316,10 @@ impl Driver {
     pub fn send(&mut self) -> bool {
         let n = self.sent;
         let at = 0x10_0000 + u64::from(self.index) * 0x4_0000 + n % 64 * 0x1000;
-        let to = if n % 3 == 0 { 0x1_0000_0000 + n % 64 * 0x1000 } else { at + 0x800 };
-        let to = to + u64::from(self.index) * 0x4_0000 * u64::from(n % 3 == 0);
+        let to = if n.is_multiple_of(3) { 0x1_0000_0000 + n % 64 * 0x1000 } else { at + 0x800 };
+        let to = to + u64::from(self.index) * 0x4_0000 * u64::from(n.is_multiple_of(3));
         let text: Vec<u8> = (0..100 + n % 700).map(|i| (i * 7 + n * 13) as u8).collect();
-        let table = (n % 2 == 0).then_some(at + 0x700);
+        let table = n.is_multiple_of(2).then_some(at + 0x700);
         let len = text.len() as u32;
         let (first, second) = (len / 3, len - len / 3);
         // 64 slots, at most 20 outstanding: a slot is free again when its turn comes.

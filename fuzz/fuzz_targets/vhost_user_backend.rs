@@ -1,0 +1,6 @@
+//! The vhost-user backend against a frontend that says anything.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|input: &[u8]| vhost_user::testing::hostile_frontend(input));
