@@ -10,6 +10,9 @@
 //! - [`protocol`]: feature bits that the protocol fixes.
 //! - `testing`: peers that lie (feature `testing`).
 //! - `socket`: messages and descriptors over a socket.
+//!
+//! Left out, and refused by name: IOMMU messages, in-band notifications, crypto sessions, Xen
+//! memory, shared objects, device state, rings of the other endianness, hardware doorbells.
 
 pub mod backend;
 pub mod frontend;

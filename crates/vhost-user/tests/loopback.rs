@@ -276,3 +276,40 @@ fn a_device_tells_that_its_configuration_changed() {
     drop(front);
     thread.join().unwrap();
 }
+
+#[test]
+fn post_copy_in_its_order_and_no_other() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let server = Server::with(theirs, |shared| {
+        let mut device = common::Copier::new(shared);
+        device.postcopy = true;
+        device
+    });
+    let mut front = Frontend::new(ours, TIMEOUT).unwrap();
+    front.negotiate(u64::MAX).unwrap();
+    let mem = memory();
+    let fd = front.postcopy_advise().unwrap();
+    assert_eq!(std::fs::File::from(fd).metadata().unwrap().len(), 7);
+    front.postcopy_listen().unwrap();
+    let mut told = Vec::new();
+    front
+        .postcopy_memory(&mem, |regions| {
+            told = regions.to_vec();
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(server.shared.calls(), ["fault in 2 regions"]);
+    // The back end's addresses, of the same guest memory.
+    for (theirs, ours) in told.iter().zip(mem.regions()) {
+        assert_eq!((theirs.guest_addr, theirs.size), (ours.gpa, ours.size));
+        assert_ne!(theirs.user_addr, ours.host as u64);
+    }
+    front.set_features(features(false)).unwrap();
+    let mut driver = Driver::new(&mem, 0, features(false));
+    driver.start(&mut front, None);
+    driver.exchange(20);
+    front.postcopy_end().unwrap();
+    driver.exchange(20);
+    assert!(front.postcopy_listen().is_err());
+    assert!(server.end().to_string().contains("out of order"));
+}

@@ -1,6 +1,7 @@
 //! A device that copies what a chain has to read into what it has to write, and threads to serve it.
 #![allow(dead_code)] // not every test uses everything
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -8,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use mem::{Backing, GuestMemory, RegionSpec};
-use vhost_user::backend::Backend;
+use vhost_user::backend::{Backend, Postcopy};
 use vhost_user::{Connection, Error, Frontend, protocol};
 use virtio::features::{
     VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, mask,
@@ -51,6 +52,7 @@ pub struct Copier {
     queues: Vec<Option<Started>>,
     config: [u8; 64],
     pub features: u64,
+    pub postcopy: bool,
 }
 
 impl Copier {
@@ -60,7 +62,7 @@ impl Copier {
             | mask(VIRTIO_F_VERSION_1)
             | mask(VIRTIO_F_RING_PACKED);
         let queues = (0..RINGS).map(|_| None).collect();
-        Self { shared: shared.clone(), queues, config: [0; 64], features }
+        Self { shared: shared.clone(), queues, config: [0; 64], features, postcopy: false }
     }
 
     /// Serves what there is.
@@ -101,7 +103,8 @@ impl Backend for Copier {
     }
 
     fn protocol_features(&self) -> u64 {
-        protocol::COMMON | protocol::RARP | protocol::MTU | protocol::CONFIG
+        let common = protocol::COMMON | protocol::RARP | protocol::MTU | protocol::CONFIG;
+        common | if self.postcopy { protocol::PAGEFAULT } else { 0 }
     }
 
     fn max_queues(&self) -> usize {
@@ -183,6 +186,18 @@ impl Backend for Copier {
 
     fn set_status(&mut self, status: u8) {
         self.shared.log(format!("status {status}"));
+    }
+
+    fn postcopy(&mut self, step: Postcopy<'_>) -> Result<Option<OwnedFd>, String> {
+        Ok(match step {
+            // Stands for a userfaultfd.
+            Postcopy::Advise => Some(vhost_user::testing::memfd(7).into()),
+            Postcopy::Memory(mem) => {
+                self.shared.log(format!("fault in {} regions", mem.regions().len()));
+                None
+            }
+            Postcopy::Listen | Postcopy::End => None,
+        })
     }
 
     fn reset(&mut self) {
