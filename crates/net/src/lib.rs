@@ -1,13 +1,16 @@
 //! Network back ends of a NIC, one object a queue pair, and the frames that announce a guest.
 //!
 //! - [`backend`]: [`Backend`], what a NIC needs of the network behind it.
+//! - [`af_packet`]: [`PacketSocket`], an interface of the host by packet sockets.
 //! - [`tap`]: [`Tap`], the kernel's tap device.
 //! - [`announce`]: RARP and gratuitous ARP.
 
+pub mod af_packet;
 pub mod announce;
 pub mod backend;
 pub mod tap;
 
+pub use af_packet::PacketSocket;
 pub use backend::{Backend, Offloads};
 pub use tap::{Tap, TapOptions};
 
@@ -29,6 +32,9 @@ pub enum Error {
     /// A setting of the interface was refused.
     #[error("tap interface '{name}': cannot {what}: {source}")]
     Setting { name: String, what: &'static str, source: std::io::Error },
+    /// A packet socket on an interface.
+    #[error("interface '{name}': cannot {what}: {source}")]
+    Interface { name: String, what: &'static str, source: std::io::Error },
     /// An option that cannot be.
     #[error("{0}")]
     Option(String),

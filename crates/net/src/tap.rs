@@ -408,7 +408,7 @@ fn set_mtu(name: &str, mtu: u16) -> Result<()> {
     ioctl(&socket, libc::SIOCSIFMTU as libc::c_ulong, &ifr).map_err(&err)
 }
 
-fn get_mtu(name: &str) -> io::Result<u16> {
+pub(crate) fn get_mtu(name: &str) -> io::Result<u16> {
     let socket = control_socket()?;
     let mut ifr = ifreq(name);
     ioctl_mut(&socket, libc::SIOCGIFMTU as libc::c_ulong, &mut ifr)?;

@@ -23,7 +23,6 @@ pub enum PortType {
     VhostUser,
     Tap,
     AfPacket,
-    AfXdp,
 }
 
 impl PortType {
@@ -33,7 +32,6 @@ impl PortType {
             Self::VhostUser => "vhost-user",
             Self::Tap => "tap",
             Self::AfPacket => "af-packet",
-            Self::AfXdp => "af-xdp",
         }
     }
 }
@@ -184,7 +182,7 @@ fn word<T: for<'a> Deserialize<'a>>(
     })
 }
 
-const TYPES: &[&str] = &["vhost-user", "tap", "af-packet", "af-xdp"];
+const TYPES: &[&str] = &["vhost-user", "tap", "af-packet"];
 
 impl PortSpec {
     /// Parses `NAME,type=...,key=value,...`.

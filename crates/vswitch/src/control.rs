@@ -36,8 +36,8 @@ const STOP: u64 = 4;
 const PORT: u64 = 1 << 32;
 const CLIENT: u64 = 2 << 32;
 
-trait Stream: Read + Write + AsRawFd {}
-impl<T: Read + Write + AsRawFd> Stream for T {}
+trait Stream: Read + Write + AsRawFd + Send {}
+impl<T: Read + Write + AsRawFd + Send> Stream for T {}
 
 /// One client: of the control socket, or one that asks for metrics by HTTP.
 struct Client {

@@ -179,8 +179,10 @@ impl Switch {
                 let taps = net::Tap::open(&options).map_err(|e| failed(e.to_string()))?;
                 taps.into_iter().map(|t| Box::new(t) as Box<dyn Backend>).collect()
             }
-            PortType::AfPacket | PortType::AfXdp => {
-                return Err(failed(format!("type={} is not built in", spec.kind.name())));
+            PortType::AfPacket => {
+                let sockets = net::PacketSocket::open(&ifname, spec.queues);
+                let sockets = sockets.map_err(|e| failed(e.to_string()))?;
+                sockets.into_iter().map(|s| Box::new(s) as Box<dyn Backend>).collect()
             }
         };
         let queue = |b| TapQueue::new(b).map(|t| Io::Fd(Box::new(t)));
