@@ -4,8 +4,9 @@
 //! What happens: the handler looks the faulting address up among the guarded mappings. If it lies
 //! in one, the *whole* mapping is replaced by anonymous zeroes in one `mmap`, and the mapping is
 //! flagged as broken; the access then goes on, and the owner, who finds
-//! [`Guard::is_broken`] set, gives the mapping up. If it lies in none, the handler that was there
-//! before is called, or the default action taken, so that everything else dies as it always did.
+//! [`is_broken`](crate::ForeignMapping::is_broken) set, gives the mapping up. If it lies in none,
+//! the handler that was there before is called, or the default action taken, so that everything
+//! else dies as it always did.
 //!
 //! Why the whole mapping and not the page: one fault costs a signal, and each page replaced splits
 //! the mapping; a peer could so use up time and the process's limit of mappings. A peer that

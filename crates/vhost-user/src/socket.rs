@@ -241,7 +241,9 @@ pub fn send_some(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> i
     if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
 }
 
-/// Takes `fd` for an eventfd, made non-blocking: whoever sent it cannot have us wait on it.
+/// Takes `fd` for an eventfd, made non-blocking, so that a peer who fills it up cannot have us wait
+/// on it. (The flag belongs to both ends: only a peer who takes it back and fills the counter to the
+/// brim, all on purpose, would still hold the writer up.)
 ///
 /// # Errors
 /// A sentence if it is something else.

@@ -71,7 +71,7 @@ pub struct RingSetup {
 
 /// A virtio device. Its owner (a transport) calls these one at a time; the device does its I/O on
 /// threads of its own. A device that finds its driver breaking the rules stops that queue and
-/// calls [`ConfigEvents::needs_reset`](crate::device::ConfigEvents::needs_reset).
+/// calls [`ConfigEvents::needs_reset`].
 pub trait VirtioDevice: Send {
     /// What never changes.
     fn traits(&self) -> DeviceTraits;
