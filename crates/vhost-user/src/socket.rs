@@ -250,7 +250,8 @@ pub fn send_some(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> i
 pub fn eventfd(fd: OwnedFd) -> std::result::Result<vmm_sys_util::eventfd::EventFd, String> {
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
     let is_eventfd = match link {
-        Ok(target) => target.to_string_lossy().contains("eventfd"),
+        // Exactly: a file can have any name, but its path begins with a slash.
+        Ok(target) => target.as_os_str() == "anon_inode:[eventfd]",
         // Without /proc: anonymous inodes have no file type.
         Err(_) => {
             // SAFETY: stat is plain data, written by the call.

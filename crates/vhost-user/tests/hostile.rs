@@ -138,6 +138,10 @@ fn wrong_rings_are_refused_by_name() {
     Peer::ready().refused(SetVringBase, state(0, 0x1_0000), &[], "16 bits");
     let file = || vec![memfd(16).into()];
     Peer::ready().refused(SetVringKick, kick(0), &file(), "not an eventfd");
+    // Whatever it is called.
+    let dir = tempfile::tempdir().unwrap();
+    let named = std::fs::File::create(dir.path().join("anon_inode:[eventfd]")).unwrap();
+    Peer::ready().refused(SetVringKick, kick(0), &[named.into()], "not an eventfd");
     Peer::ready().refused(SetVringCall, kick(0), &file(), "not an eventfd");
     Peer::ready().refused(SetBackendReqFd, Payload::Empty, &file(), "not a UNIX stream socket");
     let mut peer = Peer::ready();
