@@ -425,6 +425,7 @@ impl Machine {
         let running = machine.running;
         let restore = move |i: usize, vcpu: &mut dyn Vcpu| {
             vcpu.restore(&vcpus[i])?;
+            tracing::debug!("restored {}", vcpu.describe());
             if running {
                 vcpu.notify_paused();
             }

@@ -1,9 +1,11 @@
-//! A vCPU's registers as text, for `info registers` and crash reports.
+//! A vCPU's registers, events and local APIC as text, for the log.
 
 use std::fmt::Write;
 
 use kvm_bindings::{kvm_dtable, kvm_segment};
 use kvm_ioctls::VcpuFd;
+
+use super::msrs::{self, IA32_TSC, IA32_TSC_DEADLINE};
 
 pub(super) fn vcpu(fd: &VcpuFd, id: u32) -> String {
     let mut out = format!("CPU#{id}\n");
@@ -43,7 +45,52 @@ pub(super) fn vcpu(fd: &VcpuFd, id: u32) -> String {
             let _ = writeln!(out, "registers cannot be read: {e}");
         }
     }
+    write_events(&mut out, fd);
+    write_apic(&mut out, fd);
     out
+}
+
+fn write_events(out: &mut String, fd: &VcpuFd) {
+    let (Ok(state), Ok(e)) = (fd.get_mp_state(), fd.get_vcpu_events()) else { return };
+    let (irq, exception, nmi) = (e.interrupt, e.exception, e.nmi);
+    let _ = writeln!(
+        out,
+        "MP_STATE={} IRQ={}:{:02x} SHADOW={} EXC={}:{} NMI={}:{}",
+        state.mp_state,
+        irq.injected,
+        irq.nr,
+        irq.shadow,
+        exception.injected,
+        exception.nr,
+        nmi.injected,
+        nmi.pending
+    );
+}
+
+/// Timer, and the vectors in service and requested (Intel SDM volume 3, section 11.4.1).
+fn write_apic(out: &mut String, fd: &VcpuFd) {
+    let Ok(apic) = fd.get_lapic() else { return };
+    let word = |at: usize| {
+        let bytes = [apic.regs[at], apic.regs[at + 1], apic.regs[at + 2], apic.regs[at + 3]];
+        bytes.map(|b| b as u8)
+    };
+    let word = |at: usize| u32::from_le_bytes(word(at));
+    let vectors = |at: usize| -> Vec<String> {
+        let set = (0..256).filter(|v| word(at + v / 32 * 0x10) & (1 << (v % 32)) != 0);
+        set.map(|v| format!("{v:02x}")).collect()
+    };
+    let _ = writeln!(
+        out,
+        "APIC TPR={:x} LVTT={:x} TMICT={:x} ISR=[{}] IRR=[{}]",
+        word(0x80),
+        word(0x320),
+        word(0x380),
+        vectors(0x100).join(" "),
+        vectors(0x200).join(" ")
+    );
+    for msr in msrs::read(fd, &[IA32_TSC, IA32_TSC_DEADLINE]).unwrap_or_default() {
+        let _ = writeln!(out, "MSR {:x}={:x}", msr.index, msr.value);
+    }
 }
 
 fn write_segment(out: &mut String, name: &str, s: &kvm_segment) {
