@@ -139,8 +139,14 @@ fn run(case: &Case) {
         sources.push_str(&format!(",rx_pcap={}", path(&format!("in{q}"))));
         sinks.push_str(&format!(",tx_pcap={}", path(&format!("out{q}"))));
     }
-    std::fs::write(dir.path().join("cmds"), "set portlist 2,0,1,3\nset fwd io retry\nstart\n")
-        .unwrap();
+    // With mergeable buffers a frame takes several small ones.
+    let scatter = "port stop 1\nport config 1 rx_offload scatter on\nport start 1\n\
+                   port config mtu 1 9000\n";
+    let commands = format!(
+        "{}set portlist 2,0,1,3\nset fwd io retry\nstart\n",
+        if mergeable { scatter } else { "" }
+    );
+    std::fs::write(dir.path().join("cmds"), commands).unwrap();
     let nic = |i: usize| {
         format!(
             "net_virtio_user{i},path={},queues={queues},queue_size=1024,packed_vq={},mrg_rxbuf={},\
@@ -157,14 +163,13 @@ fn run(case: &Case) {
         .args(["--file-prefix", &format!("tern-{}-{packed}-{mergeable}", std::process::id())])
         .args(["--vdev", &nic(0), "--vdev", &nic(1)])
         .args(["--vdev", &format!("net_pcap2{sources}"), "--vdev", &format!("net_pcap3{sinks}")])
-        .args(["--", "-i", "--nb-cores=1", "--txd=1024", "--rxd=1024", "--max-pkt-len=9018"])
+        .args(["--", "-i", "--nb-cores=1", "--txd=1024", "--rxd=1024", "--no-flush-rx"])
         .args([&format!("--rxq={queues}"), &format!("--txq={queues}")])
         .args(["--total-num-mbufs=12000", &format!("--cmdline-file={}", path("cmds"))]);
-    // With mergeable buffers a frame takes several small ones.
     if mergeable {
-        command.args(["--mbuf-size=2304", "--enable-scatter", "--tx-offloads=0x8000"]);
+        command.args(["--mbuf-size=2304"]);
     } else {
-        command.args(["--mbuf-size=10240"]);
+        command.args(["--mbuf-size=10240", "--max-pkt-len=9018"]);
     }
     let log = std::fs::File::create(dir.path().join("log")).unwrap();
     command.stdin(Stdio::piped()).stdout(log.try_clone().unwrap()).stderr(log);
