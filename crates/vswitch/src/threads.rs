@@ -37,8 +37,15 @@ pub fn start(shared: &Arc<Shared>, thread: usize, cpu: Option<usize>) -> Result<
             let pinned = cpu.map_or(Ok(()), pin);
             let go = pinned.is_ok();
             let _ = tell.send(pinned);
-            if go {
-                worker.run();
+            if !go {
+                return;
+            }
+            let run = std::panic::AssertUnwindSafe(|| worker.run());
+            if std::panic::catch_unwind(run).is_err() {
+                // Its queues are lost. A new process takes all of them up where they stand; one
+                // without this thread would only look as if it ran.
+                tracing::error!("poll thread {thread} has failed: the switch ends");
+                std::process::abort();
             }
         })
         .map_err(Error::host("cannot start a poll thread"))?;

@@ -96,7 +96,7 @@ impl RxRing {
             header_len: header_len(setup.features),
             kick: setup.kick,
             call: setup.call,
-            chains: (0..BURST).map(|_| Chain::new()).collect(),
+            chains: (0..BURST).map(|_| Chain::all_readable()).collect(),
             taken: 0,
         })
     }

@@ -54,6 +54,8 @@ pub struct Worker {
     polled: Vec<Polled>,
     burst: Burst,
     epoll: Epoll,
+    /// A ring was given up: what is polled has to be worked out anew, between two rounds.
+    changed: bool,
     stopping: bool,
 }
 
@@ -73,6 +75,7 @@ impl Worker {
             polled: Vec::new(),
             burst: Burst::new(),
             epoll,
+            changed: false,
             stopping: false,
             thread,
             shared,
@@ -122,6 +125,9 @@ impl Worker {
         if mailbox.flag.load(Ordering::Relaxed) {
             work += self.messages(mailbox);
         }
+        if std::mem::take(&mut self.changed) {
+            self.rebuild();
+        }
         let version = self.shared.version.load(Ordering::Acquire);
         if version != self.version {
             self.version = version;
@@ -156,8 +162,8 @@ impl Worker {
         if let Err(e) = result {
             // The ring is left alone from here on: its port is reset by the control thread.
             q.rx_broken = true;
+            self.changed = true;
             self.shared.report(p.port, format!("transmit ring of queue {}: {e}", p.index));
-            self.rebuild();
         }
         n
     }

@@ -270,22 +270,22 @@ fn a_sleeping_thread_wakes_for_every_frame() {
 fn a_driver_that_breaks_the_rules_costs_its_own_port_only() {
     let ports = (0..3).map(|_| PortOptions::default()).collect();
     let (net, mut g) = Net::new(1, PollMode::Adaptive, ports);
-    // An available index that runs ahead.
-    let avail = g[2].tx.avail;
-    g[2].mem.store_u16(avail + 2, 5000, std::sync::atomic::Ordering::Release).unwrap();
-    g[2].tx_kick.write(1).unwrap();
+    // An available index that runs ahead, at a port that is not the last one polled.
+    let avail = g[0].tx.avail;
+    g[0].mem.store_u16(avail + 2, 5000, std::sync::atomic::Ordering::Release).unwrap();
+    g[0].tx_kick.write(1).unwrap();
     let mut faults = Vec::new();
     wait_until("a fault", || {
         faults.extend(net.shared.take_faults());
         !faults.is_empty()
     });
-    assert_eq!(faults[0].port, 2);
+    assert_eq!(faults[0].port, 0);
     assert!(faults[0].reason.contains("more buffers available"), "{}", faults[0].reason);
     for i in 0..100 {
-        g[0].send(&frame(1, 0, 60, i));
-        assert_eq!(g[1].receive().1, frame(1, 0, 60, i));
-        g[1].send(&frame(0, 1, 60, i));
-        assert_eq!(g[0].receive().1, frame(0, 1, 60, i));
+        g[2].send(&frame(1, 2, 60, i));
+        assert_eq!(g[1].receive().1, frame(1, 2, 60, i));
+        g[1].send(&frame(2, 1, 60, i));
+        assert_eq!(g[2].receive().1, frame(2, 1, 60, i));
     }
     assert!(net.shared.take_faults().is_empty());
 }

@@ -178,7 +178,9 @@ fn run(case: &Case) {
     let all = queues * FRAMES;
     while switch.sent_to(1) < all {
         let ended = testpmd.0.try_wait().unwrap();
-        if ended.is_some() || Instant::now() > deadline {
+        let reset =
+            switch.ask("stats")["ports"].as_array().unwrap().iter().any(|p| p["resets"] != 0);
+        if ended.is_some() || reset || Instant::now() > deadline {
             let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
             panic!("{:#}\n{log}", switch.ask("stats"));
         }

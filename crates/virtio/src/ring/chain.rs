@@ -26,6 +26,8 @@ pub struct Chain {
     readable: usize,
     readable_len: u32,
     writable_len: u32,
+    /// Every buffer counts as readable, whatever the driver says of it.
+    all_readable: bool,
     /// Bytes of the writable part, from its start, that may have been written other than by the
     /// length given to `push`.
     touched: Cell<u32>,
@@ -62,6 +64,13 @@ impl Chain {
     /// An empty chain, to be filled by `pop`.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// One for a ring that only carries what the driver sends, in which every buffer counts as
+    /// readable. DPDK's driver (22.11) marks the header of a packed indirect chain that it sends as
+    /// writable, and other devices do not look.
+    pub fn all_readable() -> Self {
+        Self { all_readable: true, ..Self::default() }
     }
 
     /// Head index (split) or buffer id (packed), for logs and in-flight tables.
@@ -207,6 +216,7 @@ impl Chain {
         len: u32,
         writable: bool,
     ) -> Result<(), RingError> {
+        let writable = writable && !self.all_readable;
         if !writable && self.iov.len() > self.readable {
             return Err(RingError::Order);
         }
