@@ -12,6 +12,7 @@ use crate::{Backend, Error, HEADER, Offloads, Result};
 
 // linux/if_packet.h
 const PACKET_ADD_MEMBERSHIP: libc::c_int = 1;
+const PACKET_STATISTICS: libc::c_int = 6;
 const PACKET_AUXDATA: libc::c_int = 8;
 const PACKET_VNET_HDR: libc::c_int = 15;
 const PACKET_FANOUT: libc::c_int = 18;
@@ -19,6 +20,9 @@ const PACKET_IGNORE_OUTGOING: libc::c_int = 23;
 const PACKET_MR_PROMISC: libc::c_ushort = 1;
 const PACKET_FANOUT_HASH: u32 = 0;
 const TP_STATUS_VLAN_VALID: u32 = 1 << 4;
+
+/// Bytes of frames that may wait in a socket.
+const RECEIVE_BUFFER: libc::c_int = 16 << 20;
 
 /// Bytes of the header as packet sockets have it: without the number of buffers.
 const SHORT: usize = 10;
@@ -64,11 +68,15 @@ fn failed(name: &str, what: &'static str) -> impl FnOnce(io::Error) -> Error {
 }
 
 fn set<T>(fd: &OwnedFd, option: libc::c_int, value: &T) -> io::Result<()> {
+    set_at(fd, libc::SOL_PACKET, option, value)
+}
+
+fn set_at<T>(fd: &OwnedFd, level: libc::c_int, option: libc::c_int, value: &T) -> io::Result<()> {
     // SAFETY: the kernel reads size_of::<T>() bytes of `value`.
     let result = unsafe {
         libc::setsockopt(
             fd.as_raw_fd(),
-            libc::SOL_PACKET,
+            level,
             option,
             std::ptr::from_ref(value).cast(),
             size_of::<T>() as libc::socklen_t,
@@ -162,6 +170,11 @@ fn open_one(name: &str, index: libc::c_int) -> Result<OwnedFd> {
     // SAFETY: just opened and nobody else's.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     let on: libc::c_int = 1;
+    // As much as is allowed, where more than that is not.
+    if set_at(&fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &RECEIVE_BUFFER).is_err() {
+        set_at(&fd, libc::SOL_SOCKET, libc::SO_RCVBUF, &RECEIVE_BUFFER)
+            .map_err(failed(name, "give it a buffer"))?;
+    }
     set(&fd, PACKET_VNET_HDR, &on).map_err(failed(name, "get offload headers"))?;
     set(&fd, PACKET_AUXDATA, &on).map_err(failed(name, "get VLAN tags"))?;
     set(&fd, PACKET_IGNORE_OUTGOING, &on).map_err(failed(name, "leave out what leaves"))?;
@@ -266,6 +279,23 @@ impl Backend for PacketSocket {
 
     fn mtu(&self) -> u16 {
         self.mtu
+    }
+
+    fn lost(&mut self) -> u64 {
+        // struct tpacket_stats: packets, drops; reading them sets them to zero.
+        let mut stats = [0u32; 2];
+        let mut len = size_of_val(&stats) as libc::socklen_t;
+        // SAFETY: the kernel writes at most `len` bytes to `stats`.
+        let result = unsafe {
+            libc::getsockopt(
+                self.fd.as_raw_fd(),
+                libc::SOL_PACKET,
+                PACKET_STATISTICS,
+                stats.as_mut_ptr().cast(),
+                &mut len,
+            )
+        };
+        if result == 0 { stats[1].into() } else { 0 }
     }
 }
 

@@ -62,6 +62,11 @@ pub trait Backend: Send {
     fn set_link(&mut self, up: bool);
     /// Largest payload of a frame without segmentation, in bytes.
     fn mtu(&self) -> u16;
+    /// Frames that were lost on the host's side, before [`recv`](Self::recv) could take them, since
+    /// the last call. Costs a system call where it is known at all.
+    fn lost(&mut self) -> u64 {
+        0
+    }
 }
 
 /// [`Backend::send`] for bytes of our own.

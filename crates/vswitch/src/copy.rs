@@ -55,6 +55,11 @@ impl<'a> Source<'a> {
         self.len
     }
 
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// Without its first `n` bytes.
     #[inline]
     #[must_use]

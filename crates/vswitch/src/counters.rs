@@ -46,11 +46,13 @@ pub enum Drop {
     Segmentation,
     /// The host refused it.
     HostError,
+    /// Lost in the host's queue, before the switch could take it; not among the frames received.
+    HostQueue,
 }
 
 impl Drop {
     /// Every reason.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Runt,
         Self::Oversized,
         Self::BadHeader,
@@ -67,6 +69,7 @@ impl Drop {
         Self::HandOff,
         Self::Segmentation,
         Self::HostError,
+        Self::HostQueue,
     ];
 
     /// Name in statistics.
@@ -88,6 +91,7 @@ impl Drop {
             Self::HandOff => "hand-off",
             Self::Segmentation => "segmentation",
             Self::HostError => "host-error",
+            Self::HostQueue => "host-queue",
         }
     }
 

@@ -20,6 +20,8 @@ use crate::output::Output;
 const SLOT: usize = HEADER_LEN + MAX_FRAME as usize + 1;
 /// Most pieces of a frame in one system call.
 const MAX_IOV: usize = 1024;
+/// Bursts between two looks at what the host has lost.
+const ASK_EVERY: u32 = 64;
 
 /// One queue.
 pub struct TapQueue {
@@ -27,6 +29,8 @@ pub struct TapQueue {
     /// [`BURST`] slots, touched only as far as frames come.
     buffer: Vec<u8>,
     iov: Vec<iovec>,
+    /// Bursts until it is asked what the host has lost.
+    ask_in: u32,
 }
 
 // SAFETY: `iov` is only filled and used within one call.
@@ -37,7 +41,12 @@ impl TapQueue {
     pub fn new(mut backend: Box<dyn Backend>) -> io::Result<Self> {
         let capabilities = backend.capabilities();
         backend.set_offloads(Offloads { ufo: false, ..capabilities })?;
-        Ok(Self { backend, buffer: vec![0; SLOT * BURST], iov: Vec::with_capacity(MAX_IOV) })
+        Ok(Self {
+            backend,
+            buffer: vec![0; SLOT * BURST],
+            iov: Vec::with_capacity(MAX_IOV),
+            ask_in: 0,
+        })
     }
 
     /// Readable when frames are there.
@@ -47,6 +56,16 @@ impl TapQueue {
 
     /// Reads up to [`BURST`] frames.
     pub fn receive(&mut self, burst: &mut Burst, c: &QueueCounters) {
+        self.read(burst, c);
+        if !burst.frames().is_empty() {
+            self.ask_in = self.ask_in.checked_sub(1).unwrap_or_else(|| {
+                c.dropped(Drop::HostQueue, self.backend.lost());
+                ASK_EVERY
+            });
+        }
+    }
+
+    fn read(&mut self, burst: &mut Burst, c: &QueueCounters) {
         for slot in self.buffer.chunks_exact_mut(SLOT) {
             let n = match net::backend::recv_bytes(self.backend.as_mut(), slot) {
                 Ok(n) => n,

@@ -143,7 +143,7 @@ impl Backend for VhostDevice {
         }
         let failed = |e| format!("ring {index}: {e}");
         let (port, index16) = (self.port, queue as u16);
-        let message = if index % 2 == 0 {
+        let message = if index.is_multiple_of(2) {
             let ring = Box::new(TxRing::new(&setup, inflight).map_err(failed)?);
             Message::StartTx { port, index: index16, ring }
         } else {
@@ -162,7 +162,7 @@ impl Backend for VhostDevice {
         }
         self.changed = true;
         let (done, answer) = bounded(1);
-        let tx = index % 2 == 0;
+        let tx = index.is_multiple_of(2);
         let queue = index / 2;
         self.send(queue, Message::StopRing { port: self.port, index: queue as u16, tx, done });
         // The poll thread answers within a round; if it is gone, nothing touches the ring.
@@ -173,7 +173,7 @@ impl Backend for VhostDevice {
         let Some(state) = self.rings.get_mut(index) else { return };
         state.enabled = on;
         self.changed = true;
-        let (queue, tx) = (index / 2, index % 2 == 0);
+        let (queue, tx) = (index / 2, index.is_multiple_of(2));
         self.send(queue, Message::Enable { port: self.port, index: queue as u16, tx, on });
     }
 

@@ -86,7 +86,7 @@ impl Worker {
     pub fn run(mut self) {
         let shared = self.shared.clone();
         let mailbox = &shared.mailboxes[self.thread];
-        let (mut idle_rounds, mut idle_since) = (0, None);
+        let (mut idle_rounds, mut idle_since) = (0u32, None);
         let (mut rounds, mut busy) = (0, 0);
         while !self.stopping {
             let work = self.round(mailbox);
@@ -106,7 +106,7 @@ impl Worker {
                 PollMode::Always => false,
                 PollMode::Interrupt => true,
                 PollMode::Adaptive => {
-                    idle_rounds % ROUNDS_A_LOOK == 0
+                    idle_rounds.is_multiple_of(ROUNDS_A_LOOK)
                         && idle_since.get_or_insert_with(Instant::now).elapsed() >= SPIN
                 }
             };
