@@ -79,7 +79,7 @@ pub fn run(client: &mut Client) -> Outcome {
         let mut out = std::io::stdout().lock();
         if live {
             // Home, the text, and nothing of what was there below it.
-            write!(out, "\x1b[H\x1b[J{text}Ctrl-C ends\n")?;
+            writeln!(out, "\x1b[H\x1b[J{text}Ctrl-C ends")?;
         } else if !first {
             writeln!(out, "{text}")?;
         }
