@@ -300,7 +300,6 @@ impl Session {
         id: FrontendId,
         state: VringState,
     ) -> Result<Outcome> {
-        let negotiated = self.features.is_some_and(|f| f & F_PROTOCOL_FEATURES != 0);
         let packed = self.packed();
         let (index, ring) = self.ring(id, state.index)?;
         match id {
@@ -324,11 +323,9 @@ impl Session {
                 return Ok(Outcome::Reply(Payload::VringState(state), None));
             }
             FrontendId::SetVringEnable => {
+                // DPDK's virtio-user, when its back end has come back, sends this before it says
+                // what it negotiates; all that is asked can be done.
                 let enabled = state.num == 1;
-                if !negotiated && self.protocol == 0 {
-                    let reason = "protocol features were not negotiated".into();
-                    return Err(broken(id, reason));
-                }
                 let (_, ring) = self.ring(id, state.index)?;
                 if std::mem::replace(&mut ring.enabled, enabled) != enabled && ring.running {
                     device.set_enabled(index, enabled);
