@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
 use e2e::bench::{self, Contestant};
@@ -68,6 +68,35 @@ const WORK: Duration = Duration::from_millis(1500);
 /// A guest is up in this time.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// The guest's monotonic clock at a moment of the host's.
+struct GuestClock {
+    host: Instant,
+    guest_ms: f64,
+}
+
+impl GuestClock {
+    /// The quickest answer of some; it is wrong by half its time at most.
+    fn read(guest: &mut Control) -> Result<Self> {
+        let mut best: Option<(Duration, Self)> = None;
+        for _ in 0..10 {
+            let asked = Instant::now();
+            let guest_ms = guest.order(&Order::Status)?.uptime_ms;
+            let took = asked.elapsed();
+            if best.as_ref().is_none_or(|(shortest, _)| took < *shortest) {
+                best = Some((took, Self { host: asked + took / 2, guest_ms }));
+            }
+        }
+        best.map(|(_, clock)| clock).ok_or_else(|| Error::Protocol("no answer".into()))
+    }
+
+    /// How much less time passed in the guest than on the host since `earlier`, ms: what a VMM
+    /// that stops the guest's clock for a pause hides from it.
+    fn behind_ms(&self, earlier: &Self) -> f64 {
+        let host_ms = (self.host - earlier.host).as_secs_f64() * 1e3;
+        host_ms - (self.guest_ms - earlier.guest_ms)
+    }
+}
+
 struct Bench<'a> {
     args: &'a Args,
     dir: PathBuf,
@@ -114,10 +143,12 @@ impl Bench<'_> {
         let other = network.tap()?;
         let mut destination = to.start(&self.dir, Some(&other))?;
         thread::sleep(WORK);
+        let clock = GuestClock::read(&mut guest)?;
         let before = guest.order(&Order::Status)?;
         let mut report = migration::migrate(&mut source, &mut destination, &uri)?;
         thread::sleep(WORK);
         let gap = guest.order(&Order::Status)?.gap;
+        let stood_ms = GuestClock::read(&mut guest)?.behind_ms(&clock);
         report.blackout_ms = gap.since_query_ms;
         let wrong = guest.order(&Order::Verify)?.mem_bad;
         if wrong > 0 {
@@ -125,7 +156,9 @@ impl Bench<'_> {
         }
         report.samples.clear();
         Ok(json!({
-            "gap_ms": gap.since_query_ms,
+            "gap_ms": gap.since_query_ms + stood_ms.max(0.0),
+            "guest_gap_ms": gap.since_query_ms,
+            "clock_stood_ms": stood_ms,
             "gaps": gap.last.iter().map(|g| json!({"after_ms": g.at_ms - before.uptime_ms, "ms": g.ms}))
                 .collect::<Vec<_>>(),
             "total_ms": report.total_ms,
