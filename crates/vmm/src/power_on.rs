@@ -1,11 +1,13 @@
 //! The state of power-on, without firmware: what is in memory and registers when vCPU 0 starts.
 //! The same is done again at every reset.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
-use hv::Vm;
+use hv::{BootEntry, Vm};
 use mem::GuestMemory;
+use parking_lot::Mutex;
 use state::Section;
 
 use crate::acpi::{self, AcpiSpec};
@@ -22,7 +24,11 @@ pub struct PowerOn {
     /// State of the irqchip and of each vCPU before anything ran.
     irqchip: Section,
     vcpus: Vec<Section>,
+    /// The first load, which goes on while the machine is put together.
+    first: Mutex<Option<Loading>>,
 }
+
+type Loading = JoinHandle<Result<BootEntry, String>>;
 
 impl PowerOn {
     /// Remembers the state before anything ran, and checks that there is something to boot.
@@ -39,9 +45,12 @@ impl PowerOn {
             spec.boot.kernel.clone().ok_or(
                 "there is nothing to boot: give -kernel FILE (firmware is not built in yet)",
             )?;
-        if spec.process.incoming.is_some() {
+        let first = if spec.process.incoming.is_some() {
             boot::check_files(&spec.boot, &kernel).map_err(text)?;
-        }
+            None
+        } else {
+            Some(load_aside(mem.clone(), spec.boot.clone(), kernel.clone())?)
+        };
         let numa_ram = numa_ram(spec);
         let numa_cpus = numa_cpus(spec);
         let tables = acpi::build(&AcpiSpec {
@@ -57,7 +66,8 @@ impl PowerOn {
         let sections = vcpus.with_all(|i, vcpu| vcpu.save(&format!("vcpu.{i}")));
         let sections = sections.into_iter().collect::<state::Result<_>>().map_err(text)?;
         let irqchip = vm.save_irqchip("irqchip").map_err(text)?;
-        Ok(Self { spec: spec.clone(), kernel, vm, mem, tables, irqchip, vcpus: sections })
+        let (spec, first) = (spec.clone(), Mutex::new(first));
+        Ok(Self { spec, kernel, vm, mem, tables, irqchip, vcpus: sections, first })
     }
 
     /// Does it. vCPUs stand still.
@@ -66,8 +76,10 @@ impl PowerOn {
     /// Sentences, most often on the kernel or initrd file.
     pub fn run(&self, vcpus: &Vcpus) -> Result<(), String> {
         self.mem.write(layout::ACPI_TABLES, &self.tables).map_err(text)?;
-        let rsdp = layout::ACPI_TABLES;
-        let entry = boot::load(&self.mem, &self.spec.boot, &self.kernel, rsdp).map_err(text)?;
+        let entry = match self.first.lock().take() {
+            Some(loading) => loading.join().map_err(|_| "the kernel's loader failed")??,
+            None => load(&self.mem, &self.spec.boot, &self.kernel)?,
+        };
         for load in &self.spec.loads {
             boot::load_file(&self.mem, load).map_err(text)?;
         }
@@ -81,6 +93,16 @@ impl PowerOn {
         });
         results.into_iter().collect()
     }
+}
+
+fn load(mem: &GuestMemory, boot: &spec::Boot, kernel: &Path) -> Result<BootEntry, String> {
+    boot::load(mem, boot, kernel, layout::ACPI_TABLES).map_err(text)
+}
+
+/// Loads kernel and initrd in a thread: tens of milliseconds, in which vCPUs are made.
+fn load_aside(mem: GuestMemory, boot: spec::Boot, kernel: PathBuf) -> Result<Loading, String> {
+    let thread = std::thread::Builder::new().name("boot-load".into());
+    thread.spawn(move || load(&mem, &boot, &kernel)).map_err(|e| format!("thread boot-load: {e}"))
 }
 
 /// PCI buses of the guest: the root bus, and for each root port its own and one for a bridge that is
