@@ -369,9 +369,10 @@ fn limited(setting: &Setting) -> Result<(u64, f64)> {
     Ok((limit, sample.bytes as f64 / sample.seconds))
 }
 
-/// Milliseconds from `migrate_cancel` to the event that says so, half a second into a migration.
+/// Milliseconds from `migrate_cancel` to the event that says so, half a second into a migration that
+/// takes longer than that: it has a limit.
 fn cancel(setting: &Setting) -> Result<f64> {
-    let mut pair = setting.pair(Contestant::Tern, &setting.random, 0)?;
+    let mut pair = setting.pair(Contestant::Tern, &setting.random, 500 << 20)?;
     pair.from.command("migrate", json!({"uri": pair.uri}))?;
     std::thread::sleep(Duration::from_millis(500));
     let start = Instant::now();
