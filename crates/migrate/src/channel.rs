@@ -425,17 +425,19 @@ impl Listener {
         }
     }
 
-    /// The next connection, if there is one now.
-    pub fn accept(&self) -> io::Result<Option<Channel>> {
+    /// The next connection, if there is one now, and who it is from.
+    pub fn accept(&self) -> io::Result<Option<(Channel, String)>> {
         let accepted = match self {
-            Self::Tcp(l) => l.accept().map(|(s, _)| OwnedFd::from(s)),
-            Self::Unix(l, _) => l.accept().map(|(s, _)| OwnedFd::from(s)),
+            Self::Tcp(l) => l.accept().map(|(s, from)| (OwnedFd::from(s), from.to_string())),
+            Self::Unix(l, path) => l
+                .accept()
+                .map(|(s, _)| (OwnedFd::from(s), format!("a process on {}", path.display()))),
         };
         match accepted {
-            Ok(fd) => {
+            Ok((fd, from)) => {
                 // SAFETY: plain call on our fd; 0 clears O_NONBLOCK and sets nothing else.
                 unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, 0) };
-                Ok(Some(Channel::new(fd)))
+                Ok(Some((Channel::new(fd), from)))
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
             // The one that connected is gone again.
@@ -443,21 +445,25 @@ impl Listener {
             Err(e) => Err(e),
         }
     }
+}
 
-    /// Takes the socket file away. Not done when a migration ends badly: a file that refuses
-    /// connections tells the source that this process is gone, a missing one tells nothing.
-    pub fn remove_file(&self) {
-        if let Self::Unix(_, path) = self {
-            let _ = std::fs::remove_file(path);
-        }
+/// Takes the socket file away. Not done when a migration ends badly after memory moved: a file that
+/// refuses connections tells the source that this process is gone, a missing one tells nothing.
+pub fn remove_file(uri: &Uri) {
+    if let Uri::Unix { path } = uri {
+        let _ = std::fs::remove_file(path);
     }
 }
 
 /// Removes a socket file on which nobody listens.
 fn remove_stale(path: &Path) -> io::Result<()> {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
-    if !is_socket {
-        return Ok(());
+    match std::fs::symlink_metadata(path) {
+        Ok(m) if m.file_type().is_socket() => {}
+        Ok(_) => {
+            let why = "there is a file of this name already, and it is no socket";
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, why));
+        }
+        Err(_) => return Ok(()),
     }
     match UnixStream::connect(path) {
         Ok(_) => {

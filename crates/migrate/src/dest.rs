@@ -25,6 +25,8 @@ use crate::{Endpoint, Error, Events, MigrationInfo, Result, Status, Uri, session
 const SLICE: Duration = Duration::from_millis(50);
 /// How long a write on the control connection may block.
 const WRITE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the control connection may take to say why a memory connection ended.
+const CAUSE_PATIENCE: Duration = Duration::from_millis(500);
 
 /// How a destination behaves.
 #[derive(Debug, Clone, Copy, Default)]
@@ -52,11 +54,20 @@ struct Inner {
     status: Mutex<Status>,
     held: AtomicBool,
     closed: AtomicBool,
+    /// The socket file, if there is one, was taken away.
+    removed: AtomicBool,
     queue: Mutex<mpsc::Sender<Event>>,
     outcome: Outcome,
 }
 
 impl Inner {
+    /// Takes the socket file away, once.
+    fn remove_file(&self) {
+        if !self.removed.swap(true, Ordering::AcqRel) {
+            crate::channel::remove_file(&self.uri);
+        }
+    }
+
     fn set_status(&self, status: Status) {
         let mut now = self.status.lock();
         if *now != status && (*now == Status::None || !now.is_final()) {
@@ -152,9 +163,11 @@ pub fn listen(
         status: Mutex::new(Status::None),
         held: AtomicBool::new(false),
         closed: AtomicBool::new(false),
+        removed: AtomicBool::new(false),
         queue: Mutex::new(tx.clone()),
         outcome: Outcome::default(),
     });
+    inner.stats.wait();
     inner.set_status(Status::Setup);
     let (for_accept, accept_tx) = (inner.clone(), tx.clone());
     spawn("mig-accept", move || accept(&for_accept, &listener, &accept_tx))?;
@@ -181,7 +194,7 @@ fn accept(inner: &Inner, listener: &Listener, tx: &mpsc::Sender<Event>) {
     }
     if matches!(inner.outcome.get(), Some(Ok(())) | Some(Err(Error::Refused(_) | Error::Cancelled)))
     {
-        listener.remove_file();
+        inner.remove_file();
     }
 }
 
@@ -197,6 +210,10 @@ struct Driver {
     go: Option<Instant>,
     restart: bool,
     close: bool,
+    /// A memory connection ended, and until when the control connection may say why.
+    ram_lost: Option<(Instant, Error)>,
+    /// No memory had moved before the step that is performed now.
+    untouched: bool,
 }
 
 impl Driver {
@@ -213,6 +230,8 @@ impl Driver {
             go: None,
             restart: false,
             close: false,
+            ram_lost: None,
+            untouched: true,
         }
     }
 
@@ -245,15 +264,17 @@ impl Driver {
         self.epoch += 1;
         self.session = session::Dest::new();
         self.inputs.clear();
+        self.ram_lost = None;
+        self.inner.stats.wait();
         self.restart = false;
     }
 
     /// Feeds `input`; tells whether anything came of it.
     fn step(&mut self, input: Input) -> bool {
         // Until memory moves, the machine is as good as new.
-        let keep = self.inner.options.keep_listening
-            && !self.session.receiving()
-            && !matches!(input, Input::Cancel);
+        self.untouched = !self.session.receiving();
+        let keep =
+            self.inner.options.keep_listening && self.untouched && !matches!(input, Input::Cancel);
         let outputs = self.session.step(input);
         let any = !outputs.is_empty();
         for output in outputs {
@@ -271,9 +292,18 @@ impl Driver {
 
     fn wait(&mut self, rx: &mpsc::Receiver<Event>, since: Instant) -> Option<Input> {
         let patience = self.session.patience();
-        let event = match patience.filter(|_| self.control.is_some()) {
-            None => rx.recv().ok()?,
-            Some(limit) => match rx.recv_timeout(limit.saturating_sub(since.elapsed())) {
+        let left = patience
+            .filter(|_| self.control.is_some())
+            .map(|limit| limit.saturating_sub(since.elapsed()));
+        let event = match (&self.ram_lost, left) {
+            (Some((until, _)), _) => {
+                match rx.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                    Ok(event) => event,
+                    Err(_) => return self.ram_lost.take().map(|(_, e)| Input::RamLost(e)),
+                }
+            }
+            (None, None) => rx.recv().ok()?,
+            (None, Some(left)) => match rx.recv_timeout(left) {
                 Ok(event) => event,
                 Err(_) => return Some(Input::Timeout),
             },
@@ -287,6 +317,12 @@ impl Driver {
             Event::Control { msg: Ok(m), .. } => Some(Input::Msg(m)),
             Event::Control { msg: Err(e), .. } => Some(Input::ControlLost(e)),
             Event::Synced { channel, sync } => self.synced(channel, sync),
+            // A source that cancels or dies takes all connections down: which is seen first is
+            // chance, and the control connection knows more.
+            Event::RamLost(e @ Error::Lost(_)) => {
+                self.ram_lost.get_or_insert((Instant::now() + CAUSE_PATIENCE, e));
+                None
+            }
             Event::RamLost(e) => Some(Input::RamLost(e)),
             Event::Stop => Some(Input::Cancel),
             Event::ForceRelease => Some(Input::ForceRelease),
@@ -297,6 +333,7 @@ impl Driver {
         let known = self.session.session() == Some(hello.session);
         match hello.role {
             Role::Control if self.session.session().is_none() => {
+                self.inner.stats.begin();
                 self.use_control(channel);
                 self.inputs.push_back(Input::Msg(Msg::Hello(hello)));
             }
@@ -405,6 +442,10 @@ impl Driver {
                 None
             }
             Output::Discard => {
+                // The process may end at once after it.
+                if self.untouched {
+                    self.inner.remove_file();
+                }
                 endpoint.discard();
                 None
             }
@@ -450,8 +491,9 @@ impl Driver {
             Err(_) => Status::Failed,
         };
         if let Err(e) = &result {
-            tracing::warn!("incoming migration: {e}");
+            tracing::debug!("incoming migration: {e}");
         }
+        self.ram_lost = None;
         self.inner.stats.end(result.as_ref().err().map(ToString::to_string));
         self.inner.set_status(status);
         self.inner.events.ended(&result);

@@ -19,16 +19,45 @@ use crate::{Error, Result};
 const MAX_SILENT: usize = 32;
 /// Bytes that are read at a time.
 const CHUNK: usize = 512;
+/// Least time between two warnings.
+const WARN_EVERY: Duration = Duration::from_secs(5);
 
 /// See the module's header.
 #[derive(Default)]
 pub(crate) struct Greeter {
     /// In the order in which they came.
     waiting: VecDeque<Waiting>,
+    warnings: Warnings,
+}
+
+/// Warnings of who is no source: whoever can connect must not fill the log.
+#[derive(Default)]
+struct Warnings {
+    last: Option<Instant>,
+    /// Left out since then.
+    hushed: u64,
+}
+
+impl Warnings {
+    fn warn(&mut self, from: &str, why: &Error) {
+        if self.last.is_some_and(|last| last.elapsed() < WARN_EVERY) {
+            self.hushed += 1;
+            return;
+        }
+        let more = match std::mem::take(&mut self.hushed) {
+            0 => String::new(),
+            n => format!(" ({n} more were not told)"),
+        };
+        tracing::warn!(
+            "incoming migration: {from} connected and is no Tern source: {why}; still waiting{more}"
+        );
+        self.last = Some(Instant::now());
+    }
 }
 
 struct Waiting {
     channel: Channel,
+    from: String,
     since: Instant,
     heard: Vec<u8>,
 }
@@ -48,16 +77,19 @@ impl Greeter {
         let mut greeted = Vec::new();
         let mut silent = VecDeque::with_capacity(self.waiting.len());
         for (waiting, ready) in self.waiting.drain(..).zip(ready.channels) {
-            if ready { sort(waiting, &mut silent, &mut greeted) } else { silent.push_back(waiting) }
+            match ready {
+                true => sort(waiting, &mut silent, &mut greeted, &mut self.warnings),
+                false => silent.push_back(waiting),
+            }
         }
         self.waiting = silent;
         // An error of accepting comes again; those who have greeted must not be lost to it.
         if ready.listener
             && greeted.is_empty()
-            && let Some(channel) = listener.accept()?
+            && let Some((channel, from)) = listener.accept()?
         {
-            let new = Waiting { channel, since: Instant::now(), heard: Vec::new() };
-            sort(new, &mut self.waiting, &mut greeted);
+            let new = Waiting { channel, from, since: Instant::now(), heard: Vec::new() };
+            sort(new, &mut self.waiting, &mut greeted, &mut self.warnings);
             self.bound();
         }
         Ok(greeted)
@@ -73,11 +105,18 @@ impl Greeter {
 }
 
 /// Hears what came on `from`, and puts it where it belongs; one that says anything else is closed.
-fn sort(mut from: Waiting, silent: &mut VecDeque<Waiting>, greeted: &mut Vec<(Hello, Channel)>) {
+fn sort(
+    mut from: Waiting,
+    silent: &mut VecDeque<Waiting>,
+    greeted: &mut Vec<(Hello, Channel)>,
+    warnings: &mut Warnings,
+) {
     match from.hear() {
         Ok(Some(hello)) => greeted.push((hello, from.channel)),
         Ok(None) => silent.push_back(from),
-        Err(e) => tracing::debug!("a connection without a greeting: {e}"),
+        // One that only looks whether somebody listens is no news.
+        Err(e) if from.heard.is_empty() => tracing::debug!("a connection without a greeting: {e}"),
+        Err(e) => warnings.warn(&from.from, &e),
     }
 }
 

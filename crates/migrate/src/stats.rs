@@ -39,6 +39,10 @@ impl Counters {
 #[derive(Debug, Default)]
 pub struct Slow {
     pub error: Option<String>,
+    /// A destination that no source has greeted yet: its time has not begun.
+    pub waiting: bool,
+    /// When it began, where that is later than the start.
+    pub began: Option<Instant>,
     pub ended: Option<Instant>,
     pub setup: Option<Duration>,
     pub expected_downtime: Option<Duration>,
@@ -68,6 +72,18 @@ impl Stats {
     pub fn new(ram_bytes: u64) -> Self {
         let (counters, slow) = (Counters::default(), Mutex::new(Slow::default()));
         Self { start: Instant::now(), ram_bytes, counters, slow }
+    }
+
+    /// A destination: nobody has come yet.
+    pub fn wait(&self) {
+        self.slow.lock().waiting = true;
+    }
+
+    /// A destination: a source has come, and its migration is timed from now on.
+    pub fn begin(&self) {
+        let mut slow = self.slow.lock();
+        slow.waiting = false;
+        slow.began = Some(Instant::now());
     }
 
     /// Microseconds since the start.
@@ -106,7 +122,13 @@ impl Stats {
             return MigrationInfo::default();
         }
         let slow = self.slow.lock();
-        let total = slow.ended.unwrap_or_else(Instant::now) - self.start;
+        let total = match slow.waiting {
+            true => Duration::ZERO,
+            false => {
+                let start = slow.began.unwrap_or(self.start);
+                slow.ended.unwrap_or_else(Instant::now).saturating_duration_since(start)
+            }
+        };
         let done = status == Status::Completed;
         MigrationInfo {
             status: Some(status),
@@ -158,4 +180,22 @@ pub fn micros(d: Duration) -> u64 {
 
 fn millis(d: Duration) -> u64 {
     u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_destination_is_timed_from_its_source_s_greeting() {
+        let mut stats = Stats::new(0);
+        let listening = Duration::from_secs(9);
+        stats.start = Instant::now().checked_sub(listening).unwrap();
+        stats.wait();
+        assert_eq!(stats.info(Status::Setup, 0).total_time, Some(0));
+        stats.begin();
+        stats.end(None);
+        let info = stats.info(Status::Completed, 0);
+        assert!(info.total_time.unwrap() < millis(listening), "{:?}", info.total_time);
+    }
 }
