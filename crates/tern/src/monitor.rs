@@ -22,8 +22,16 @@ pub fn run(args: &Args) -> Outcome {
     if args.command.is_empty() {
         return interactive(&vm);
     }
-    show(&client::hmp(&vm, &args.command.join(" "))?);
-    Ok(0)
+    let text = client::hmp(&vm, &args.command.join(" "))?;
+    show(&text);
+    Ok(if failed(&text) { 1 } else { 0 })
+}
+
+/// Whether a command's answer says that it was not done. HMP has no other sign of it.
+fn failed(answer: &str) -> bool {
+    answer.starts_with("unknown command: ")
+        || answer.starts_with("Error: ")
+        || answer.contains("\nTry \"help ")
 }
 
 fn show(text: &str) {
@@ -62,5 +70,18 @@ fn interactive(vm: &Entry) -> Outcome {
                 return Ok(0);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::failed;
+
+    #[test]
+    fn what_was_not_done_is_told_by_the_exit_status() {
+        assert!(failed("unknown command: 'foo'\n"));
+        assert!(failed("Error: Resetting the Virtual Machine is required\n"));
+        assert!(failed("stop|s: extraneous characters\nTry \"help stop\" for more information\n"));
+        assert!(!failed("") && !failed("VM status: running\n"));
     }
 }

@@ -238,6 +238,14 @@ fn bzimage(
     if size > room {
         return Err(Error::TooLarge { what: "kernel", path: path.display().to_string(), size });
     }
+    // The real-mode part's sectors (0 is 4) after the boot sector: without them nothing follows.
+    let mut sectors = [0];
+    let read = file.seek(SeekFrom::Start(0x1f1)).and_then(|_| file.read_exact(&mut sectors));
+    read.map_err(|e| bad(e.to_string()))?;
+    let setup = (u64::from(if sectors[0] == 0 { 4 } else { sectors[0] }) + 1) * 512;
+    if size <= setup {
+        return Err(bad(format!("it is cut off: {size} bytes are fewer than its header says")));
+    }
     let loaded = BzImage::load(mem.mmap(), Some(start), &mut file, Some(start))
         .map_err(|e| bad(plain(&e)))?;
     let mut header: setup_header =
@@ -388,6 +396,8 @@ mod tests {
         };
         said("bz", &tiny_bzimage(|_| {}), "console=ttyS0").unwrap();
         let cut = said("bz-cut", &tiny_bzimage(|b| b.truncate(6000)), "").unwrap_err();
+        assert!(cut.contains("cut off"), "{cut}");
+        let cut = said("bz-short", &tiny_bzimage(|b| b.truncate(3000)), "").unwrap_err();
         assert!(cut.contains("cut off"), "{cut}");
         let long = said("bz-cmd", &tiny_bzimage(|_| {}), &"x".repeat(2048)).unwrap_err();
         assert!(long.contains("at most 2047"), "{long}");

@@ -229,7 +229,7 @@ impl Machine {
                 "The migration is handing the guest over; cancel it first",
             )),
             RunState::Postmigrate => Err(qapi::Error::generic(
-                "The guest was handed over to the destination and runs there; it cannot run here too",
+                "The guest was handed over to the destination and is there; it cannot run here too",
             )),
             RunState::Shutdown | RunState::InternalError => {
                 Err(qapi::Error::generic("Resetting the Virtual Machine is required"))

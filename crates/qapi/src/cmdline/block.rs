@@ -46,7 +46,10 @@ impl Builder {
         }
         let driver = match o.required("driver")?.as_str() {
             "file" | "host_device" => {
-                let filename = PathBuf::from(o.required("filename")?);
+                let filename = PathBuf::from(
+                    o.text("filename")?
+                        .ok_or_else(|| o.error("parameter 'filename' is missing"))?,
+                );
                 BlockDriver::File { filename }
             }
             "raw" => BlockDriver::Raw { file: self.child(o, depth)? },

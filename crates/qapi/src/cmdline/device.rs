@@ -120,7 +120,7 @@ impl Builder {
         if driver == "loader" {
             return self.loader(&mut o);
         }
-        let bus = o.str("bus");
+        let bus = o.text("bus")?;
         let pci = driver != "isa-serial";
         let addr = if pci { o.with("addr", value::pci_addr)? } else { None };
         let multifunction = pci && o.flag("multifunction", false)?;

@@ -41,9 +41,12 @@ impl Opts {
     /// Parses either form. `implied` is the key of a first word without `=`.
     pub fn parse(option: &str, text: &str, implied: Option<&str>) -> Result<Self, CmdlineError> {
         let mut opts = Self { option: option.into(), items: Vec::new(), asked: RefCell::default() };
-        if text.trim_start().starts_with('{') {
+        if text.trim_start().starts_with(['{', '[']) {
             let json: Value = serde_json::from_str(text)
                 .map_err(|e| opts.error(format!("the JSON does not parse: {e}")))?;
+            if !json.is_object() {
+                return Err(opts.error("the JSON must be an object ({...})"));
+            }
             flatten("", &json, &mut opts.items);
         } else {
             opts.items = keyval(text, implied).map_err(|e| opts.error(e))?;
@@ -91,6 +94,16 @@ impl Opts {
         }
     }
 
+    /// The text of a key that is a name: JSON must give it as a string.
+    pub fn text(&mut self, key: &str) -> Result<Option<String>, CmdlineError> {
+        let dotted = format!("{key}.");
+        let number = |(k, v): &(String, Scalar)| k == key && matches!(v, Scalar::Number(_));
+        if self.items.iter().any(|i| number(i) || i.0.starts_with(&dotted)) {
+            return Err(self.bad(key, "expected a string"));
+        }
+        Ok(self.str(key))
+    }
+
     /// A key that must be there.
     pub fn required(&mut self, key: &str) -> Result<String, CmdlineError> {
         self.str(key).ok_or_else(|| self.error(format!("parameter '{key}' is missing")))
@@ -98,7 +111,7 @@ impl Opts {
 
     /// An `id` or `node-name`: a letter, then letters, digits, `-`, `.` and `_`.
     pub fn id(&mut self, key: &str) -> Result<Option<String>, CmdlineError> {
-        let Some(id) = self.str(key) else { return Ok(None) };
+        let Some(id) = self.text(key)? else { return Ok(None) };
         let mut chars = id.chars();
         let good = chars.next().is_some_and(|c| c.is_ascii_alphabetic())
             && chars.all(|c| c.is_ascii_alphanumeric() || "-._".contains(c));
@@ -302,6 +315,18 @@ mod tests {
         o.take("path");
         let e = o.finish().unwrap_err().to_string();
         assert_eq!(e, "-chardev: parameter 'pathh' is not supported; did you mean 'path'?");
+    }
+
+    #[test]
+    fn json_gives_names_as_strings_and_is_an_object() {
+        for json in [r#"{"id":5}"#, r#"{"id":["a"]}"#, r#"{"id":{"a":1}}"#] {
+            let mut o = Opts::parse("-device", json, None).unwrap();
+            let e = o.id("id").unwrap_err().to_string();
+            assert_eq!(e, "-device: parameter 'id': expected a string");
+        }
+        let e = Opts::parse("-device", &"[".repeat(100_000), None).unwrap_err().to_string();
+        assert!(e.contains("JSON") && e.len() < 200, "{e}");
+        assert!(Opts::parse("-device", "[]", None).is_err());
     }
 
     proptest! {

@@ -340,6 +340,14 @@ fn set_parameter(c: &Context, words: &[String]) -> Result<Outcome, Failure> {
     let value = match arg.ty {
         schema::Type::Bool => json!(switch(text)?),
         schema::Type::Int if name == "max-bandwidth" => json!(megabytes(text)?),
+        schema::Type::Int if name == "downtime-limit" => {
+            let ms = value::number(text).map_err(|_| {
+                Error::generic(format!(
+                    "Parameter '{name}': expected a number of milliseconds such as 300, not '{text}'"
+                ))
+            })?;
+            json!(ms)
+        }
         schema::Type::Int => json!(
             value::size(text, 1)
                 .map_err(|e| { Error::generic(format!("Parameter '{name}': {e}")) })?
@@ -469,6 +477,11 @@ mod tests {
     fn wrong_lines_are_told_in_qemus_words() {
         for (line, expected) in [
             ("nope", "unknown command: 'nope'\n"),
+            (
+                "migrate_set_parameter downtime-limit abc",
+                "Error: Parameter 'downtime-limit': expected a number of milliseconds such as 300, \
+                 not 'abc'\n",
+            ),
             ("info nope", "unknown command: 'info nope'\n"),
             (
                 "info status x",

@@ -102,7 +102,7 @@ fn status(v: &Value) -> String {
 
 fn version(v: &Value) -> String {
     let q = &v["qemu"];
-    format!("{}.{}.{}{}\n", q["major"], q["minor"], q["micro"], text(&v["package"]))
+    format!("{}.{}.{} ({})\n", q["major"], q["minor"], q["micro"], text(&v["package"]))
 }
 
 fn kvm(v: &Value) -> String {

@@ -7,6 +7,8 @@
 
 use serde_json::Value;
 
+use super::strict::Strict;
+
 /// Largest value in bytes.
 pub const MAX_SIZE: usize = 10 << 20;
 /// Deepest nesting of arrays and objects.
@@ -171,7 +173,7 @@ impl Scanner {
         let whole = std::mem::take(self);
         let text = if whole.single_quotes { requote(&whole.buffer) } else { whole.buffer };
         Some(match serde_json::from_slice(&text) {
-            Ok(value) => Scanned::Value(value),
+            Ok(Strict(value)) => Scanned::Value(value),
             Err(e) => Scanned::Error(format!("JSON parse error, {e}")),
         })
     }
@@ -254,6 +256,22 @@ mod tests {
         let mut long = vec![b'"'];
         long.resize(MAX_SIZE + 10, b'x');
         assert!(matches!(&scan(&[&long])[..], [Scanned::Error(e)] if e.contains("size")));
+    }
+
+    #[test]
+    fn a_key_given_twice_is_refused_at_any_depth() {
+        for text in [r#"{"a":1,"a":2}"#, r#"[{"b":{"a":1.5,"a":null}}]"#] {
+            let found = scan(&[text.as_bytes()]);
+            assert!(
+                matches!(&found[..], [Scanned::Error(e)] if e.contains("duplicate key 'a'")),
+                "{found:?}"
+            );
+        }
+        let text = r#"{"a":{"a":[-1,2.5,true,null,"x"]}}"#;
+        assert_eq!(
+            scan(&[text.as_bytes()]),
+            [Scanned::Value(json!({"a":{"a":[-1,2.5,true,null,"x"]}}))]
+        );
     }
 
     #[test]
