@@ -9,6 +9,7 @@ mod error;
 pub mod failure;
 pub mod guest;
 pub mod link;
+pub mod loss;
 pub mod migration;
 pub mod network;
 pub mod pattern;

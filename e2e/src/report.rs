@@ -72,6 +72,9 @@ pub struct Report {
     pub disk: Disk,
     /// Memory.
     pub memory: Memory,
+    /// Why the demo ended early; what is above is then what it saw until then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 impl Row {

@@ -231,6 +231,23 @@ impl Vmm {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// Whether it still does its part: the process is there and says that the guest runs.
+    ///
+    /// # Errors
+    /// [`Error::Ended`] when the process is gone, [`Error::Protocol`] when the guest is stopped.
+    pub fn check(&mut self) -> Result<()> {
+        if let Ok(Some(status)) = self.child.try_wait() {
+            return Err(ended(&self.name, &status.to_string(), &self.dir));
+        }
+        match self.status()?.as_str() {
+            "running" => Ok(()),
+            other => Err(Error::Protocol(format!(
+                "{} should run its guest but is in status {other}",
+                self.name
+            ))),
+        }
+    }
+
     /// `query-status`'s status.
     pub fn status(&mut self) -> Result<String> {
         let status = self.qmp.execute("query-status", Value::Null)?;
