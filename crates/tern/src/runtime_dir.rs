@@ -196,6 +196,15 @@ fn publish_in(base: &Path, machine: &mut spec::Machine) -> Result<RuntimeDir, Er
         directory = RuntimeDir::create_in(base, &format!("{stem}-{n}"));
     }
     let directory = directory?;
+    if let (Some(asked), Some(got)) = (&machine.name, directory.path.file_name())
+        && got != asked.as_str()
+    {
+        let why = if wanted == *asked { "is taken" } else { "cannot be a directory's name" };
+        tracing::warn!(
+            "the VM's name {asked:?} {why}: the tern commands call it {}",
+            got.to_string_lossy()
+        );
+    }
     directory.write_spec(machine)?;
     machine.chardevs.push(spec::Chardev {
         id: MONITOR_ID.into(),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use devices::pci::PciDevice;
+use hv::cpu::features::{self, Reg};
 use mem::{DirtySource, GuestMemory};
 use migrate::endpoint::{DeviceSpec, Preamble};
 use migrate::{Endpoint, LateFrame};
@@ -202,19 +203,34 @@ fn bits_of_vcpu_count(function: u32) -> [u32; 4] {
     }
 }
 
+/// A CPUID row's registers, in its order.
+const REGISTERS: [(Reg, &str); 4] =
+    [(Reg::Eax, "eax"), (Reg::Ebx, "ebx"), (Reg::Ecx, "ecx"), (Reg::Edx, "edx")];
+
 fn cpuid_differences(theirs: &[CpuidRow], ours: &[CpuidRow], count_differs: bool) -> Vec<String> {
     let table = |rows: &[CpuidRow]| -> BTreeMap<(u32, u32), [u32; 4]> {
         rows.iter().map(|r| ((r.0, r.1), [r.2, r.3, r.4, r.5])).collect()
     };
     let (theirs, ours) = (table(theirs), table(ours));
     let keys: std::collections::BTreeSet<_> = theirs.keys().chain(ours.keys()).collect();
+    let (mut more, mut less) = (Vec::new(), Vec::new());
     let mut all = Vec::new();
     for &&(function, index) in &keys {
         let (a, b) = (theirs.get(&(function, index)), ours.get(&(function, index)));
         let (a, b) = (a.copied().unwrap_or_default(), b.copied().unwrap_or_default());
-        for (i, register) in ["eax", "ebx", "ecx", "edx"].into_iter().enumerate() {
+        for (i, (_, register)) in REGISTERS.into_iter().enumerate() {
             let told = if count_differs { bits_of_vcpu_count(function)[i] } else { 0 };
-            if (a[i] ^ b[i]) & !told != 0 {
+            let mut differs = (a[i] ^ b[i]) & !told;
+            for f in features::all().filter(|f| {
+                (f.word.leaf, f.word.index) == (function, index) && f.word.reg == REGISTERS[i].0
+            }) {
+                if differs & (1 << f.bit) != 0 {
+                    differs &= !(1 << f.bit);
+                    let list = if a[i] & (1 << f.bit) != 0 { &mut more } else { &mut less };
+                    list.push(format!("+{}", f.name));
+                }
+            }
+            if differs != 0 {
                 all.push(format!(
                     "CPU features (CPUID {function:#x}.{index} {register}): the source has \
                      {:#010x}, the destination {:#010x}",
@@ -223,6 +239,12 @@ fn cpuid_differences(theirs: &[CpuidRow], ours: &[CpuidRow], count_differs: bool
             }
         }
     }
+    let only = [("the source's", more), ("the destination's", less)];
+    let named = only.into_iter().filter(|(_, names)| !names.is_empty()).map(|(whose, names)| {
+        let names = names.join(",");
+        format!("CPU features: only {whose} CPU has {names}; give both the same -cpu")
+    });
+    all.splice(0..0, named);
     const SHOWN: usize = 8;
     if all.len() > SHOWN {
         let more = all.len() - SHOWN;
@@ -273,6 +295,15 @@ fn device_differences(theirs: &[DeviceSpec], ours: &[DeviceSpec]) -> Vec<String>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn features_that_only_one_cpu_has_are_told_by_name() {
+        let row = |ebx| [(7, 0, 0, ebx, 0, 0)];
+        let told = cpuid_differences(&row(1 << 5 | 1 << 3), &row(1 << 7), false);
+        assert_eq!(told.len(), 2, "{told:?}");
+        assert!(told[0].contains("only the source's CPU has +bmi1,+avx2;"), "{told:?}");
+        assert!(told[1].contains("only the destination's CPU has +smep;"), "{told:?}");
+    }
 
     fn preamble() -> Preamble {
         let device = |name: &str| DeviceSpec {
@@ -341,7 +372,7 @@ mod tests {
         for part in [
             "number of vCPUs: the source has 2, the destination 4",
             "memory: the source has 256 MiB",
-            "CPUID 0x1.0 ecx",
+            "only the destination's CPU has +dtes64",
             "device net0, address: the source has 00:02.0, the destination 00:03.0",
             "device net1 (virtio-net): only the source has it",
             "device net7 (virtio-net): only the destination has it",
