@@ -300,6 +300,7 @@ impl Session {
         id: FrontendId,
         state: VringState,
     ) -> Result<Outcome> {
+        let without = self.features.is_some_and(|f| f & F_PROTOCOL_FEATURES == 0);
         let packed = self.packed();
         let (index, ring) = self.ring(id, state.index)?;
         match id {
@@ -324,8 +325,12 @@ impl Session {
             }
             FrontendId::SetVringEnable => {
                 // DPDK's virtio-user, when its back end has come back, sends this before it says
-                // what it negotiates; all that is asked can be done.
+                // what it negotiates: that is taken.
                 let enabled = state.num == 1;
+                if without && self.protocol == 0 {
+                    let reason = "protocol features were not negotiated".into();
+                    return Err(broken(id, reason));
+                }
                 let (_, ring) = self.ring(id, state.index)?;
                 if std::mem::replace(&mut ring.enabled, enabled) != enabled && ring.running {
                     device.set_enabled(index, enabled);
