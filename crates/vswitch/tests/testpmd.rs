@@ -6,6 +6,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -186,9 +187,17 @@ fn run(case: &Case) {
         }
         std::thread::sleep(Duration::from_millis(50));
     }
-    // testpmd writes what its ring holds out before it closes the files.
-    std::thread::sleep(Duration::from_millis(500));
     let mut stdin = testpmd.0.stdin.take().unwrap();
+    // What is in the ring is not yet in the files.
+    loop {
+        stdin.write_all(b"show port stats 3\n").unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
+        if written(&log) == Some(all) {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{:#}\n{log}", switch.ask("stats"));
+    }
     stdin.write_all(b"stop\nquit\n").unwrap();
     drop(stdin);
     testpmd.0.wait().unwrap();
@@ -210,10 +219,19 @@ fn run(case: &Case) {
     assert_eq!(stats["ports"][1]["tx-dropped"], 0, "{stats:#}");
 }
 
+/// Frames that testpmd, as it said last, has put into the files.
+fn written(log: &str) -> Option<usize> {
+    let last = log.rsplit("NIC statistics for port 3").next()?;
+    last.split("TX-packets:").nth(1)?.split_whitespace().next()?.parse().ok()
+}
+
 fn matrix(packed: bool, mergeable: bool) {
     if !testpmd_is_there() {
         return;
     }
+    // Both sides poll: two runs at a time would wait for each other's processors.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     for (queues, client) in [(1, false), (1, true), (4, false), (4, true)] {
         run(&Case { packed, mergeable, queues, client });
     }
