@@ -54,6 +54,14 @@ impl Switch {
         serde_json::from_str::<Value>(&line).unwrap()["return"].take()
     }
 
+    /// Whether both ports have `queues` queues that take frames and give some.
+    fn has_rings(&self, queues: usize) -> bool {
+        let shown = self.ask("show");
+        let enough = |v: &Value| v.as_u64().is_some_and(|n| n as usize >= queues);
+        let ports = shown["ports"].as_array().unwrap();
+        ports.iter().all(|p| enough(&p["rings"]["receive"]) && enough(&p["rings"]["transmit"]))
+    }
+
     /// Frames that port `i` was sent.
     fn sent_to(&self, i: usize) -> usize {
         self.ask("stats")["ports"][i]["tx-frames"].as_u64().unwrap() as usize
@@ -143,10 +151,8 @@ fn run(case: &Case) {
     // With mergeable buffers a frame takes several small ones.
     let scatter = "port stop 1\nport config 1 rx_offload scatter on\nport start 1\n\
                    port config mtu 1 9000\n";
-    let commands = format!(
-        "{}set portlist 2,0,1,3\nset fwd io retry\nstart\n",
-        if mergeable { scatter } else { "" }
-    );
+    let commands =
+        format!("{}set portlist 2,0,1,3\nset fwd io retry\n", if mergeable { scatter } else { "" });
     std::fs::write(dir.path().join("cmds"), commands).unwrap();
     let nic = |i: usize| {
         format!(
@@ -176,6 +182,15 @@ fn run(case: &Case) {
     command.stdin(Stdio::piped()).stdout(log.try_clone().unwrap()).stderr(log);
     let mut testpmd = Killed(command.spawn().unwrap());
     let deadline = Instant::now() + LIMIT;
+    let mut stdin = testpmd.0.stdin.take().unwrap();
+    // A queue that is not enabled yet would leave its frames to another.
+    let log = || std::fs::read_to_string(dir.path().join("log")).unwrap();
+    // The last of the commands above says this.
+    while !log().contains("packet forwarding mode with retry") || !switch.has_rings(queues) {
+        assert!(Instant::now() < deadline, "{:#}\n{}", switch.ask("show"), log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    stdin.write_all(b"start\n").unwrap();
     let all = queues * FRAMES;
     while switch.sent_to(1) < all {
         let ended = testpmd.0.try_wait().unwrap();
@@ -187,7 +202,6 @@ fn run(case: &Case) {
         }
         std::thread::sleep(Duration::from_millis(50));
     }
-    let mut stdin = testpmd.0.stdin.take().unwrap();
     // What is in the ring is not yet in the files.
     loop {
         stdin.write_all(b"show port stats 3\n").unwrap();
