@@ -130,17 +130,19 @@ fn limits_hold() {
     for i in 0..50 {
         g[0].send(&frame(0xff, 0, 60, i));
     }
-    wait_until("the storm is over", || g[0].counters.rx_frames.get() == 50);
-    let passed = 50 - g[0].counters.drops(Why::StormLimit);
-    assert!((10..20).contains(&passed), "{passed}");
+    // A burst is counted as received before what is dropped of it.
+    let storm = || g[0].counters.drops(Why::StormLimit);
+    wait_until("the storm is over", || g[0].counters.rx_frames.get() == 50 && storm() > 30);
+    assert!(storm() <= 40, "{}", storm());
     net.views[0].storm = None;
     net.views[0].rate = Some(Arc::new(Limiter::new(8, 8 * 600)));
     net.publish();
     for i in 0..50 {
         g[0].send(&frame(0xff, 0, 60, i));
     }
-    wait_until("all are taken", || g[0].counters.rx_frames.get() == 100);
-    assert_eq!(g[0].counters.drops(Why::RateLimit), 40);
+    let limited = || g[0].counters.drops(Why::RateLimit);
+    wait_until("all are taken", || g[0].counters.rx_frames.get() == 100 && limited() >= 40);
+    assert_eq!(limited(), 40);
 }
 
 #[test]
