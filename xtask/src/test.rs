@@ -105,23 +105,28 @@ fn e2e(args: &TestArgs) -> Result<u8> {
     if host == Host::Native || matches!(first, Ok((0, _))) {
         return first.map(|(code, _)| code);
     }
-    let left = match first {
+    let mut left = match first {
         Ok((_, left)) => left,
         Err(e) => {
             println!("xtask: {e}");
             programs
         }
     };
-    let names: Vec<_> = left.iter().map(|p| test_name(p)).collect();
-    println!(
-        "\nxtask: not passed on the lab host: {}. Its emulated CPU loses a guest now and then \
-         (docs/architecture.md, \"The lab\"): these run once more, on a new one. What failed is above.",
-        names.join(", ")
-    );
-    let (code, _) = run_programs(host, &left, &env)?;
-    let verdict = if code == 0 { "passed" } else { "failed again" };
-    println!("xtask: second run on the lab host: {} {verdict}", names.join(", "));
-    Ok(code)
+    for run in ["second", "third"] {
+        let names = left.iter().map(|p| test_name(p)).collect::<Vec<_>>().join(", ");
+        println!(
+            "\nxtask: not passed on the lab host: {names}. Its emulated CPU loses a guest now and \
+             then (docs/architecture.md, \"The lab\"): these run once more, on a new one. What \
+             failed is above."
+        );
+        let code;
+        (code, left) = run_programs(host, &left, &env)?;
+        if code == 0 {
+            println!("xtask: {run} run on the lab host: {names} passed");
+            return Ok(0);
+        }
+    }
+    Ok(1)
 }
 
 /// A test program's name without Cargo's hash.
