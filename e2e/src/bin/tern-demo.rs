@@ -149,15 +149,6 @@ impl Demo<'_> {
         (memory.dirtied, memory.bad) = (status.mem_dirtied, status.mem_bad);
     }
 
-    /// Ends the traffic and counts it.
-    fn account(&mut self, traffic: Traffic) {
-        let pings = traffic.pinger.finish();
-        let streamed = traffic.stream.finish();
-        self.report.pings = report::Pings { sent: pings.sent, lost: pings.lost };
-        self.report.tcp.bytes += streamed.received;
-        self.report.tcp.bad += streamed.bad;
-    }
-
     fn run(&mut self) -> Result<()> {
         let mut place = self.start(None)?;
         place.vmm.wait_ready(Duration::from_secs(60))?;
@@ -167,26 +158,21 @@ impl Demo<'_> {
         let traffic = Traffic { stream, pinger: Pinger::start(network::GUEST, PACE)? };
         thread::sleep(WORK);
         let moved = self.travel(place, &mut guest, &traffic);
-        let mut place = match moved {
-            Ok(place) => place,
-            Err(e) => {
-                self.account(traffic);
-                return Err(e);
-            }
-        };
         // The guest's counts are taken when no more goes to it.
         let (pings, streamed) = (traffic.pinger.finish(), traffic.stream.finish());
         self.report.pings = report::Pings { sent: pings.sent, lost: pings.lost };
-        let verified = order(&mut guest, &mut place.vmm, &Order::Verify);
-        if let Ok(status) = &verified {
-            self.note(status);
-        }
+        let ended = moved.and_then(|place| self.finish(place, &mut guest));
         self.report.tcp.bytes += streamed.received;
         self.report.tcp.bad += streamed.bad;
-        verified?;
+        ended
+    }
+
+    /// Looks at all that the guest did, and powers it off.
+    fn finish(&mut self, mut place: Place, guest: &mut Control) -> Result<()> {
+        let status = order(guest, &mut place.vmm, &Order::Verify)?;
+        self.note(&status);
         guest.order(&Order::Poweroff).ok();
-        place.vmm.wait_end(Duration::from_secs(15))?;
-        Ok(())
+        place.vmm.wait_end(Duration::from_secs(15)).map(drop)
     }
 
     /// All migrations; where the guest is in the end.
