@@ -118,10 +118,9 @@ pub fn newest() -> Result<Qemu> {
     Qemu::at(dir.join("root"))
 }
 
-/// The program that emulates the lab host. Its software CPU loses a nested guest now and then
-/// (docs/architecture.md, "The lab"), the stable release's 7.2 more often than 10.0, and with 7.2
-/// the lab host's own kernel went down too. So 7.2 is used only where the other cannot be had, and
-/// that is said.
+/// The program that emulates the lab host. The stable release's 7.2 lost guests more often than 10.0
+/// did (docs/architecture.md, "The lab"), so it is used only where the other cannot be had, and that
+/// is said.
 pub fn emulator() -> Command {
     let unavailable = home().with_extension("unavailable");
     let asked_lately = fs::metadata(&unavailable)

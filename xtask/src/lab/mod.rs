@@ -31,7 +31,7 @@ pub struct LabArgs {
     /// The lab host's memory
     #[arg(long, value_name = "MIB", default_value_t = 3072)]
     pub memory: u32,
-    /// The lab host's CPUs
+    /// CPUs for the command; the lab host has one more, on which no guest may run
     #[arg(long, default_value_t = 2)]
     pub cpus: u32,
     /// More arguments for the QEMU that is the lab host (repeatable)
@@ -54,7 +54,7 @@ pub struct Options {
     pub timeout: Option<Duration>,
     /// Memory of the lab host, MiB.
     pub memory_mib: u32,
-    /// CPUs of the lab host.
+    /// CPUs for the command. The lab host has one more (see [`agent`]).
     pub cpus: u32,
     /// More arguments for its QEMU.
     pub qemu_args: Vec<String>,
@@ -217,7 +217,7 @@ fn qemu(image: &image::Image, opts: &Options, shell: bool, dir: &Path) -> Comman
     command
         .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
         .args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC-Rome,+svm"])
-        .args(["-smp", &opts.cpus.to_string(), "-m", &opts.memory_mib.to_string()])
+        .args(["-smp", &(opts.cpus + 1).to_string(), "-m", &opts.memory_mib.to_string()])
         .arg("-kernel")
         .arg(image.kernel.image())
         .arg("-initrd")
