@@ -3,8 +3,10 @@
 
 use std::fmt::Write;
 
+use crate::cmdline::device::keys::{DEVICES, HARMLESS_DRIVERS};
+use crate::cmdline::keys::{Family, Fate, Key, Schema};
 use crate::cmdline::options::OPTIONS;
-use crate::cmdline::{DRIVERS, HARMLESS_DRIVERS};
+use crate::cmdline::{block, chardev, net, object};
 use crate::hmp::commands::HMP_COMMANDS;
 use crate::hmp::info::INFOS;
 use crate::params::{ARGUMENTS, CAPABILITY_NAMES};
@@ -67,18 +69,48 @@ pub fn page() -> String {
 }
 
 fn devices(out: &mut String) {
-    *out += "\n### Devices (`-device`)\n\n| device | other names |\n| --- | --- |\n";
-    for (name, aliases) in DRIVERS {
-        let aliases: Vec<String> = aliases.iter().map(|a| format!("`{a}`")).collect();
-        let _ = writeln!(out, "| `{name}` | {} |", aliases.join(", "));
-    }
     let harmless: Vec<String> = HARMLESS_DRIVERS.iter().map(|d| format!("`{d}`")).collect();
+    family(out, "-device", &DEVICES);
     let _ = writeln!(out, "\nTaken with a warning and left out: {}.", harmless.join(", "));
-    *out += "\nBlock drivers: `file`, `host_device`, `raw`. Network back ends: `tap`. Character back \
-             ends: `null`, `stdio`, `pty`, `file`, `socket`. Objects: `memory-backend-ram`, \
-             `memory-backend-memfd`, `memory-backend-file`, `iothread`, `rng-random`, \
-             `rng-builtin`, `secret` (taken with a warning).\n\n\
-             `-netdev tap` runs no script unless `script=` names one.\n";
+    family(out, "-blockdev", &block::NODES);
+    family(out, "-netdev", &net::BACKENDS);
+    *out += "\nNo script is run unless `script=` names one.\n";
+    family(out, "-chardev", &chardev::BACKENDS);
+    family(out, "-object", &object::OBJECTS);
+}
+
+/// The members of an option, and their keys by what becomes of each.
+fn family(out: &mut String, option: &str, family: &Family) {
+    let _ = write!(
+        out,
+        "\n### `{option}`\n\n`{option} help` lists these, `{option} NAME,help` what each key means.\n\n\
+         | | other names | keys | taken, change nothing |\n| --- | --- | --- | --- |\n"
+    );
+    for member in family.members {
+        let aliases: Vec<String> = member.aliases.iter().map(|a| format!("`{a}`")).collect();
+        let keys = |wanted: fn(&Key) -> bool| key_names(member.schema, wanted);
+        let _ = writeln!(
+            out,
+            "| `{}` | {} | {} | {} |",
+            member.name(),
+            aliases.join(", "),
+            keys(|k| matches!(k.fate, Fate::Taken | Fate::Only(..))),
+            keys(|k| matches!(k.fate, Fate::Quiet | Fate::Ignored(_))),
+        );
+    }
+}
+
+fn key_names(schema: &Schema, wanted: fn(&Key) -> bool) -> String {
+    let mut names: Vec<String> = schema
+        .keys()
+        .filter(|k| wanted(k))
+        .map(|k| match k.fate {
+            Fate::Only(values, _) => format!("`{}={}`", k.name, values.join("\\|")),
+            _ => format!("`{}`", k.name),
+        })
+        .collect();
+    names.sort();
+    names.join(", ")
 }
 
 fn type_name(ty: &Type) -> &'static str {

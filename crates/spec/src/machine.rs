@@ -166,10 +166,6 @@ pub enum NetKind {
         downscript: Option<PathBuf>,
         /// Bridge to add it to.
         bridge: Option<String>,
-        /// In-kernel vhost-net.
-        vhost: bool,
-        /// Open /dev/vhost-net fds, one a queue; empty: opened by the VMM.
-        vhostfds: Vec<i32>,
     },
 }
 
@@ -401,8 +397,6 @@ pub struct Process {
     pub paused: bool,
     /// `-incoming`: a URI, or "defer".
     pub incoming: Option<String>,
-    /// `debug-threads=on`: thread names are visible (always on in Tern).
-    pub debug_threads: bool,
 }
 
 /// Default RAM in bytes (QEMU's: 128 MiB).

@@ -38,7 +38,7 @@ pub fn run(args: &Args) -> Outcome {
             )
             .into());
         }
-        runtime_dir::clean(&vm.name);
+        runtime_dir::purge();
     }
     println!("VM {} has ended.", vm.name);
     Ok(0)

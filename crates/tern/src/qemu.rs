@@ -11,6 +11,10 @@ pub fn run(program: &str, args: &[String]) -> i32 {
             println!("{}", text.trim_end());
             0
         }
+        Ok(Parsed::CpuHelp) => {
+            print!("{}", hv::cpu::help());
+            0
+        }
         Ok(Parsed::Machine(machine)) => launch(*machine),
         Err(e) => {
             eprintln!("{program}: {e}");

@@ -167,8 +167,6 @@ fn add_net(machine: &mut Machine, index: usize, text: &str) -> Result<(), String
         script: None,
         downscript: None,
         bridge: None,
-        vhost: false,
-        vhostfds: Vec::new(),
     };
     machine.netdevs.push(NetBackend { id: id.clone(), kind });
     let mac = mac.unwrap_or_else(random_mac);

@@ -8,16 +8,19 @@
 //!   spec.json     the machine, as spec::Machine
 //! ```
 //!
-//! Invariant: a VM lives as long as somebody holds the lock on `pid` (an open-file-description
+//! Invariants: a VM lives as long as somebody holds the lock on `pid` (an open-file-description
 //! lock: it outlives a fork, as `-daemonize` needs, and goes with the process however that dies;
-//! a reused process id fools nobody). A directory whose `pid` is not locked is a dead VM's.
+//! a reused process id fools nobody). Directories are made and removed only under the lock on
+//! `.lock` beside them, which is held for no longer than that takes; so a directory whose `pid` is
+//! not locked, seen under that lock, is a dead VM's and is removed by whoever sees it.
 #![allow(unsafe_code)]
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Most bytes of a VM's name.
 pub const MAX_NAME: usize = 64;
@@ -25,6 +28,10 @@ pub const MAX_NAME: usize = 64;
 pub const MONITOR_ID: &str = "tern-monitor";
 /// Most bytes read of a spec.json.
 const MAX_SPEC: u64 = 16 << 20;
+/// How long to wait for the lock under which directories are made: others hold it for moments.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// What a VM may have in its directory.
+const FILES: [&str; 5] = ["pid", "qmp.sock", "console.sock", "spec.json", "spec.json.new"];
 
 /// Why a runtime directory could not be made or found.
 #[derive(Debug)]
@@ -80,10 +87,6 @@ pub struct RuntimeDir {
 impl RuntimeDir {
     /// Makes the directory of the VM `name`, in place of a dead VM's. Refuses a bad name, and one
     /// that a live VM has.
-    pub fn create(name: &str) -> Result<Self, Error> {
-        Self::create_in(&base(), name)
-    }
-
     fn create_in(base: &Path, name: &str) -> Result<Self, Error> {
         check_name(name)?;
         let path = base.join(name);
@@ -91,35 +94,25 @@ impl RuntimeDir {
             DirBuilder::new().recursive(recursive).mode(0o700).create(path)
         };
         build(true, base).map_err(io_error("make the directory", base))?;
-        // A few turns: a dying VM may remove the directory between our steps.
-        for _ in 0..20 {
-            match build(false, &path) {
-                Ok(()) => {}
-                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(e) => return Err(io_error("make the directory", &path)(e)),
-            }
-            let pid_path = path.join("pid");
-            let pid = match open_pid(&pid_path) {
-                Ok(file) => file,
-                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-                Err(e) => return Err(io_error("open", &pid_path)(e)),
-            };
-            match lock(&pid) {
-                Ok(()) => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    return Err(Error::InUse { name: name.into(), pid: read_pid(&path) });
-                }
-                Err(e) => return Err(io_error("lock", &pid_path)(e)),
-            }
-            if !same_file(&pid, &pid_path) {
-                continue;
-            }
-            let mut directory = Self { path, pid };
-            directory.remove_files()?;
-            directory.record_pid()?;
-            return Ok(directory);
+        let _making = lock_base(base, PATIENCE)?;
+        match build(false, &path) {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(io_error("make the directory", &path)(e)),
         }
-        Err(Error::InUse { name: name.into(), pid: None })
+        let pid_path = path.join("pid");
+        let pid = open_pid(&pid_path).map_err(io_error("open", &pid_path))?;
+        match lock(&pid) {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                return Err(Error::InUse { name: name.into(), pid: read_pid(&path) });
+            }
+            Err(e) => return Err(io_error("lock", &pid_path)(e)),
+        }
+        let mut directory = Self { path, pid };
+        directory.remove_files()?;
+        directory.record_pid()?;
+        Ok(directory)
     }
 
     /// Writes this process's id anew: for a caller that forked after [`create`](Self::create).
@@ -164,13 +157,18 @@ impl RuntimeDir {
 
 impl Drop for RuntimeDir {
     fn drop(&mut self) {
-        // The pid file goes after the rest: until then nobody else makes this directory, and what
-        // is in it is ours. If somebody does before the last step, that fails, as it should.
+        // What is in it is ours as long as the pid file is locked.
         let _ = self.remove_files();
-        let _ = std::fs::remove_file(self.path.join("pid"));
-        let _ = std::fs::remove_dir(&self.path);
+        // Without the lock it stays behind, for the next who looks.
+        if let Some(base) = self.path.parent()
+            && let Ok(_removing) = lock_base(base, PATIENCE)
+        {
+            let _ = std::fs::remove_file(self.path.join("pid"));
+            let _ = std::fs::remove_dir(&self.path);
+        }
     }
 }
+
 /// Makes `machine` a VM that the `tern` commands find: makes its runtime directory, describes it
 /// there, and adds the QMP monitor that they use to the machine. To be kept for as long as the
 /// VM runs; to be called after `-daemonize` has forked, and before the chardevs are opened.
@@ -182,6 +180,7 @@ pub fn publish(machine: &mut spec::Machine) -> Result<RuntimeDir, Error> {
 }
 
 fn publish_in(base: &Path, machine: &mut spec::Machine) -> Result<RuntimeDir, Error> {
+    purge_in(base);
     let wanted = match &machine.name {
         Some(name) if check_name(name).is_ok() => name.clone(),
         _ => format!("vm-{}", std::process::id()),
@@ -267,14 +266,47 @@ fn list_in(base: &Path) -> Result<Vec<Entry>, Error> {
         Err(e) => return Err(io_error("read", base)(e)),
     };
     let mut found = Vec::new();
-    for entry in entries.flatten() {
+    let mut dead = false;
+    for entry in entries.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())) {
         let path = entry.path();
-        if let (Some(pid), Ok(name)) = (live_pid(&path), entry.file_name().into_string()) {
-            found.push(Entry { name, pid, path });
+        match (live_pid(&path), entry.file_name().into_string()) {
+            (Some(pid), Ok(name)) => found.push(Entry { name, pid, path }),
+            _ => dead = true,
         }
+    }
+    if dead {
+        purge_in(base);
     }
     found.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(found)
+}
+
+/// Removes what VMs left that were killed.
+pub fn purge() {
+    purge_in(&base());
+}
+
+/// A lock that somebody else holds, or a directory that cannot be removed, is left for the next
+/// time.
+fn purge_in(base: &Path) {
+    let Ok(entries) = std::fs::read_dir(base) else { return };
+    let Ok(_removing) = lock_base(base, Duration::ZERO) else { return };
+    for entry in entries.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())) {
+        let path = entry.path();
+        // What holds other files is not a VM's, whoever put it there.
+        let names = std::fs::read_dir(&path)
+            .map(|all| all.flatten().map(|e| e.file_name()).collect::<Vec<_>>())
+            .unwrap_or_default();
+        let ours = names.iter().all(|n| FILES.iter().any(|f| n == f));
+        let dead = File::open(path.join("pid")).is_ok_and(|pid| !locked(&pid));
+        if ours && dead {
+            for name in names.iter().filter(|n| *n != "pid") {
+                let _ = std::fs::remove_file(path.join(name));
+            }
+            let _ = std::fs::remove_file(path.join("pid"));
+            let _ = std::fs::remove_dir(&path);
+        }
+    }
 }
 
 /// The VM called `name`; the error names those that run.
@@ -296,13 +328,6 @@ fn find_in(base: &Path, name: &str) -> Result<Entry, Error> {
 /// Where the VM `name` has, or would have, its runtime directory.
 pub fn directory_of(name: &str) -> PathBuf {
     base().join(name)
-}
-
-/// Removes what a VM left that was killed.
-pub fn clean(name: &str) {
-    if directory_of(name).exists() {
-        drop(RuntimeDir::create(name));
-    }
 }
 
 /// Whether `name` can be a VM's.
@@ -330,10 +355,19 @@ fn open_pid(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
 }
 
-fn same_file(file: &File, path: &Path) -> bool {
-    match (file.metadata(), std::fs::symlink_metadata(path)) {
-        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
-        _ => false,
+/// The lock under which directories in `base` are made and removed; it goes with the file.
+fn lock_base(base: &Path, patience: Duration) -> Result<File, Error> {
+    let path = base.join(".lock");
+    let file = open_pid(&path).map_err(io_error("open", &path))?;
+    let deadline = Instant::now() + patience;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(std::fs::TryLockError::WouldBlock) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Err(e) => return Err(io_error("lock", &path)(e.into())),
+        }
     }
 }
 
@@ -404,6 +438,63 @@ mod tests {
         let vm = RuntimeDir::create_in(base.path(), "old").unwrap();
         assert!(!vm.qmp_socket().exists());
         assert_eq!(find_in(base.path(), "old").unwrap().pid, std::process::id() as i32);
+    }
+
+    /// What a VM that was killed leaves.
+    fn dead(base: &Path, name: &str) -> PathBuf {
+        let path = base.join(name);
+        std::fs::create_dir_all(&path).unwrap();
+        for (file, text) in [("pid", "1\n"), ("qmp.sock", ""), ("spec.json", "{}")] {
+            std::fs::write(path.join(file), text).unwrap();
+        }
+        path
+    }
+
+    #[test]
+    fn whoever_looks_removes_dead_vms_directories_and_nothing_else() {
+        let base = tempfile::tempdir().unwrap();
+        let alive = RuntimeDir::create_in(base.path(), "alive").unwrap();
+        let gone = [dead(base.path(), "a"), dead(base.path(), "b")];
+        let foreign = dead(base.path(), "foreign");
+        std::fs::write(foreign.join("notes"), "mine").unwrap();
+        let empty = base.path().join("empty");
+        std::fs::create_dir(&empty).unwrap();
+        std::fs::write(base.path().join("switch.sock"), "").unwrap();
+        assert_eq!(list_in(base.path()).unwrap().len(), 1);
+        assert!(gone.iter().all(|path| !path.exists()));
+        assert!(foreign.join("pid").exists() && empty.exists() && alive.path.join("pid").exists());
+        assert!(base.path().join("switch.sock").exists());
+        // A VM that starts does so too.
+        let gone = dead(base.path(), "c");
+        let _vm = publish_in(base.path(), &mut spec::Machine::default()).unwrap();
+        assert!(!gone.exists());
+    }
+
+    #[test]
+    fn vms_start_and_end_while_others_look_and_remove_dead_ones() {
+        let base = tempfile::tempdir().unwrap();
+        let base = base.path();
+        std::thread::scope(|scope| {
+            for t in 0..4 {
+                scope.spawn(move || {
+                    for n in 0..100 {
+                        // Every other time in place of a dead VM.
+                        let name = format!("vm{t}");
+                        if n % 2 == 0 {
+                            dead(base, &name);
+                        }
+                        let vm = RuntimeDir::create_in(base, &name).unwrap();
+                        assert!(RuntimeDir::create_in(base, &name).is_err());
+                        assert_eq!(find_in(base, &name).unwrap().name, name);
+                        assert!(vm.path.join("pid").exists());
+                    }
+                });
+            }
+            for _ in 0..2 {
+                scope.spawn(|| (0..300).for_each(|_| drop(list_in(base).unwrap())));
+            }
+        });
+        assert!(list_in(base).unwrap().is_empty());
     }
 
     #[test]

@@ -82,10 +82,7 @@ impl Nic {
 }
 
 fn open_tap(kind: &NetKind) -> Result<Vec<Tap>, String> {
-    let NetKind::Tap { ifname, fds, queues, script, downscript, bridge, vhost, .. } = kind;
-    if *vhost {
-        return Err("vhost=on: in-kernel vhost-net is not built in yet; leave it out".into());
-    }
+    let NetKind::Tap { ifname, fds, queues, script, downscript, bridge } = kind;
     let opened = if fds.is_empty() {
         Tap::open(&TapOptions {
             ifname: ifname.clone(),

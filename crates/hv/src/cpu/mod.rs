@@ -12,6 +12,7 @@
 //! same table.
 
 pub mod features;
+mod help;
 mod leaves;
 pub mod models;
 mod topology;
@@ -20,6 +21,7 @@ mod xsave;
 use std::collections::BTreeMap;
 
 use features::{Feature, FeatureSet, Word};
+pub use help::help;
 pub use topology::{Topology, apic_id};
 
 use crate::CpuidEntry;
@@ -28,10 +30,10 @@ use crate::CpuidEntry;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// No such model.
-    #[error("there is no CPU model '{name}'{}", hint(.nearest))]
+    #[error("there is no CPU model '{name}'{} (-cpu help lists what is)", hint(.nearest))]
     Model { name: String, nearest: Option<&'static str> },
     /// No such feature.
-    #[error("there is no CPU feature '{name}'{}", hint(.nearest))]
+    #[error("there is no CPU feature '{name}'{} (-cpu help lists what is)", hint(.nearest))]
     Feature { name: String, nearest: Option<&'static str> },
     /// A feature that a guest cannot have here.
     #[error("CPU feature '{0}' is not offered: its state cannot be migrated")]

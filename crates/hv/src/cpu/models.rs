@@ -360,6 +360,11 @@ pub fn all() -> &'static [Model] {
     MODELS
 }
 
+/// Versioned names, each with the model that it is.
+pub fn aliases() -> impl Iterator<Item = (&'static str, &'static str)> {
+    ALIASES.iter().copied()
+}
+
 /// The model called `name` (or by a versioned name); case does not matter.
 pub fn find(name: &str) -> Option<&'static Model> {
     let alias = ALIASES.iter().find(|(a, _)| a.eq_ignore_ascii_case(name)).map(|(_, n)| *n);

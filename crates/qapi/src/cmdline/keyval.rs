@@ -4,16 +4,16 @@
 //! an implied one. A later word without `=` is a switch: `wait` is on, `nowait` is off. A JSON
 //! object gives the same keys, nested ones joined with dots (`cache.direct`).
 //!
-//! Invariant: every key that was given is either taken by the option's own code or refused by
-//! [`Opts::finish`] with the nearest key that the option knows.
-
-use std::cell::RefCell;
+//! Invariant: [`Opts::adopt`] refuses what is not in the option's table of keys, and values that
+//! are not what the table says; the option's code then reads only keys of the table, whose
+//! defaults these are.
 
 use serde_json::Value;
 
-use super::CmdlineError;
-use super::suggest::hint;
+use super::keys::{Fate, Key, Kind, Schema};
 use super::value;
+use super::{CmdlineError, Stop};
+use crate::qmp::strict::Strict;
 
 /// Most keys of one option.
 const MAX_KEYS: usize = 4096;
@@ -28,21 +28,35 @@ pub enum Scalar {
     Null,
 }
 
+impl Scalar {
+    /// As the grammar without JSON would have it.
+    fn text(&self) -> String {
+        match self {
+            Self::Text(s) | Self::Number(s) => s.clone(),
+            Self::Bool(true) => "on".into(),
+            Self::Bool(false) => "off".into(),
+            Self::Null => String::new(),
+        }
+    }
+}
+
 /// The keys of one option.
 #[derive(Debug, Clone)]
 pub struct Opts {
     /// As it was written, with its dash: for messages.
     option: String,
     items: Vec<(String, Scalar)>,
-    asked: RefCell<Vec<String>>,
+    /// Set by [`adopt`](Opts::adopt).
+    schema: Option<&'static Schema>,
 }
 
 impl Opts {
-    /// Parses either form. `implied` is the key of a first word without `=`.
+    /// Parses either form. `implied` is the key of a first word without `=`. In JSON a key that
+    /// is given twice is an error, in the other form the last one counts, both as in QEMU.
     pub fn parse(option: &str, text: &str, implied: Option<&str>) -> Result<Self, CmdlineError> {
-        let mut opts = Self { option: option.into(), items: Vec::new(), asked: RefCell::default() };
+        let mut opts = Self { option: option.into(), items: Vec::new(), schema: None };
         if text.trim_start().starts_with(['{', '[']) {
-            let json: Value = serde_json::from_str(text)
+            let Strict(json) = serde_json::from_str(text)
                 .map_err(|e| opts.error(format!("the JSON does not parse: {e}")))?;
             if !json.is_object() {
                 return Err(opts.error("the JSON must be an object ({...})"));
@@ -55,6 +69,82 @@ impl Opts {
             return Err(opts.error(format!("more than {MAX_KEYS} keys")));
         }
         Ok(opts)
+    }
+
+    /// Whether `help` is among the words.
+    pub fn asks_help(&self) -> bool {
+        self.has("help") || self.has("?")
+    }
+
+    /// Takes `schema` as the table of keys and holds what was given against it; what it says of a
+    /// key that is not for the option's code is done here. Returns the warnings.
+    pub(super) fn adopt(&mut self, schema: &'static Schema) -> Result<Vec<String>, Stop> {
+        if schema.implied.is_some_and(|key| self.is(key, "help")) || self.asks_help() {
+            return Err(Stop::Print(schema.help(&self.option)));
+        }
+        self.schema = Some(schema);
+        let mut warnings = Vec::new();
+        let mut left = Vec::new();
+        let items = std::mem::take(&mut self.items);
+        for (at, (name, scalar)) in items.iter().enumerate() {
+            let key =
+                schema.find(name).ok_or_else(|| self.error(schema.unknown(&self.option, name)))?;
+            let list = matches!(key.kind, Kind::List);
+            if !list && items[at + 1..].iter().any(|(later, _)| later == name) {
+                continue;
+            }
+            if let Fate::Refused(why) = key.fate {
+                return Err(self.bad(name, why).into());
+            }
+            let below = key.name != name && !list;
+            let text = match below {
+                true => String::new(),
+                false => self.check(name, scalar, &key.kind)?,
+            };
+            match key.fate {
+                Fate::Taken => left.push((name.clone(), scalar.clone())),
+                Fate::Quiet => {}
+                Fate::Only(values, _) if values.iter().any(|v| key.kind.same(v, &text)) => {}
+                Fate::Only(values, why) => {
+                    let only = values.join("' or '");
+                    let message = format!("only '{only}' is supported, not '{text}': {why}");
+                    return Err(self.bad(name, message).into());
+                }
+                Fate::Ignored(_) if !key.default.is_empty() && is_default(key, &text) => {}
+                Fate::Ignored(why) => {
+                    let subject = [self.option.as_str(), schema.name, name];
+                    let subject: Vec<_> = subject.into_iter().filter(|s| !s.is_empty()).collect();
+                    warnings.push(format!("{}= is ignored: {why}", subject.join(" ")));
+                }
+                Fate::Refused(_) => {}
+            }
+        }
+        self.items = left;
+        Ok(warnings)
+    }
+
+    /// Whether the value is what the table says of it; returns it as text.
+    fn check(&self, name: &str, scalar: &Scalar, kind: &Kind) -> Result<String, CmdlineError> {
+        let is_text = matches!(kind, Kind::Text | Kind::Id | Kind::Node);
+        let text = match scalar {
+            Scalar::Null if matches!(kind, Kind::Node) => return Ok(String::new()),
+            Scalar::Null => return Err(self.bad(name, "null is no value for it")),
+            Scalar::Number(_) | Scalar::Bool(_) if is_text => {
+                return Err(self.bad(name, "expected a string"));
+            }
+            other => other.text(),
+        };
+        kind.check(&text).map_err(|e| self.bad(name, e))?;
+        Ok(text)
+    }
+
+    fn last(&self, key: &str) -> Option<&Scalar> {
+        self.items.iter().rev().find(|(k, _)| k == key).map(|(_, v)| v)
+    }
+
+    /// The option as it was written.
+    pub fn option(&self) -> &str {
+        &self.option
     }
 
     /// An error of this option.
@@ -72,36 +162,50 @@ impl Opts {
         self.items.iter().any(|(k, _)| k == key)
     }
 
-    /// Takes a key out; the last one counts, as in QEMU.
-    pub fn take(&mut self, key: &str) -> Option<Scalar> {
-        self.asked.borrow_mut().push(key.to_string());
-        let mut found = None;
-        self.items.retain(|(k, v)| {
-            if k == key {
-                found = Some(v.clone());
-            }
-            k != key
-        });
+    /// Takes a key out; the last one counts.
+    fn take(&mut self, key: &str) -> Option<Scalar> {
+        debug_assert!(
+            self.schema.is_none_or(|s| s.find(key).is_some()),
+            "{key} is not in the table"
+        );
+        let found = self.last(key).cloned();
+        self.items.retain(|(k, _)| k != key);
         found
     }
 
-    /// The text of a key; numbers and switches are text too.
+    /// What the table says that holds when the key is absent.
+    fn default(&self, key: &str) -> Option<&'static str> {
+        self.schema.and_then(|s| s.find(key)).map(|k| k.default).filter(|d| !d.is_empty())
+    }
+
+    /// The text of a key as it was given; numbers and switches are text too.
     pub fn str(&mut self, key: &str) -> Option<String> {
         match self.take(key)? {
-            Scalar::Text(s) | Scalar::Number(s) => Some(s),
-            Scalar::Bool(b) => Some(if b { "on" } else { "off" }.into()),
             Scalar::Null => None,
+            other => Some(other.text()),
         }
     }
 
-    /// The text of a key that is a name: JSON must give it as a string.
-    pub fn text(&mut self, key: &str) -> Result<Option<String>, CmdlineError> {
+    /// The text of a key, or its default.
+    pub fn or_default(&mut self, key: &str) -> String {
+        let default = self.default(key).unwrap_or_default();
+        self.str(key).unwrap_or_else(|| default.into())
+    }
+
+    /// All values of a key that may be given several times.
+    pub fn list(&mut self, key: &str) -> Vec<String> {
         let dotted = format!("{key}.");
-        let number = |(k, v): &(String, Scalar)| k == key && matches!(v, Scalar::Number(_));
-        if self.items.iter().any(|i| number(i) || i.0.starts_with(&dotted)) {
-            return Err(self.bad(key, "expected a string"));
-        }
-        Ok(self.str(key))
+        let (all, left) = std::mem::take(&mut self.items)
+            .into_iter()
+            .partition(|(k, _)| k == key || k.starts_with(&dotted));
+        self.items = left;
+        all.iter().map(|(_, v)| v.text()).collect()
+    }
+
+    /// Whether the key was given with this text, or "?" for `help`.
+    pub fn is(&self, key: &str, text: &str) -> bool {
+        let given = self.last(key).map(Scalar::text);
+        given.is_some_and(|g| g == text || (text == "help" && g == "?"))
     }
 
     /// A key that must be there.
@@ -109,28 +213,14 @@ impl Opts {
         self.str(key).ok_or_else(|| self.error(format!("parameter '{key}' is missing")))
     }
 
-    /// An `id` or `node-name`: a letter, then letters, digits, `-`, `.` and `_`.
-    pub fn id(&mut self, key: &str) -> Result<Option<String>, CmdlineError> {
-        let Some(id) = self.text(key)? else { return Ok(None) };
-        let mut chars = id.chars();
-        let good = chars.next().is_some_and(|c| c.is_ascii_alphabetic())
-            && chars.all(|c| c.is_ascii_alphanumeric() || "-._".contains(c));
-        match good {
-            true => Ok(Some(id)),
-            false => Err(self.bad(
-                key,
-                format!("'{id}' is not an identifier (a letter, then letters, digits, '-._')"),
-            )),
-        }
-    }
-
-    /// `on|off`, `yes|no`, `true|false`, `y|n`.
+    /// A switch, if it was given.
     pub fn bool(&mut self, key: &str) -> Result<Option<bool>, CmdlineError> {
         self.with(key, value::switch)
     }
 
-    /// A switch with a default.
-    pub fn flag(&mut self, key: &str, default: bool) -> Result<bool, CmdlineError> {
+    /// A switch, or its default.
+    pub fn flag(&mut self, key: &str) -> Result<bool, CmdlineError> {
+        let default = self.default(key) == Some("on");
         Ok(self.bool(key)?.unwrap_or(default))
     }
 
@@ -140,26 +230,27 @@ impl Opts {
             .map(Option::flatten)
     }
 
-    /// A size in bytes, with a suffix; `unit` is the one without a suffix.
-    pub fn size(&mut self, key: &str, unit: u64) -> Result<Option<u64>, CmdlineError> {
+    /// A size in bytes, if it was given.
+    pub fn size(&mut self, key: &str) -> Result<Option<u64>, CmdlineError> {
+        let unit = match self.schema.and_then(|s| s.find(key)).map(|k| k.kind) {
+            Some(Kind::Size(unit)) => unit,
+            _ => 1,
+        };
         self.with(key, |s| value::size(s, unit))
     }
 
-    /// A whole number (decimal or 0x) between `min` and `max`.
-    pub fn number<T: TryFrom<u64>>(
-        &mut self,
-        key: &str,
-        min: u64,
-        max: u64,
-    ) -> Result<Option<T>, CmdlineError> {
+    /// A whole number, if it was given; the table has its range.
+    pub fn number_if<T: TryFrom<u64>>(&mut self, key: &str) -> Result<Option<T>, CmdlineError> {
         self.with(key, |s| {
-            let n = value::number(s)?;
-            let range = || format!("expected a number from {min} to {max}, not {s}");
-            if n < min || n > max {
-                return Err(range());
-            }
-            T::try_from(n).map_err(|_| range())
+            T::try_from(value::number(s)?).map_err(|_| format!("'{s}' is too large"))
         })
+    }
+
+    /// A whole number, or its default.
+    pub fn number<T: TryFrom<u64> + Default>(&mut self, key: &str) -> Result<T, CmdlineError> {
+        let default = self.default(key).and_then(|d| value::number(d).ok());
+        let default = default.and_then(|n| T::try_from(n).ok()).unwrap_or_default();
+        Ok(self.number_if(key)?.unwrap_or(default))
     }
 
     /// Parses a key's text with `f`, whose error is told with option and key.
@@ -185,7 +276,7 @@ impl Opts {
         }
         let items = inner.into_iter().map(|(k, v)| (k[dotted.len()..].to_string(), v)).collect();
         let option = format!("{} ({prefix})", self.option);
-        Some(Self { option, items, asked: RefCell::default() })
+        Some(Self { option, items, schema: None })
     }
 
     /// Takes all that is left, in order.
@@ -193,18 +284,18 @@ impl Opts {
         std::mem::take(&mut self.items)
     }
 
-    /// Takes keys that change nothing here out; returns those that were there.
-    pub fn ignore(&mut self, keys: &[&str]) -> Vec<String> {
-        keys.iter().filter(|k| self.take(k).is_some()).map(ToString::to_string).collect()
-    }
-
-    /// Refuses what nobody took.
+    /// Refuses what nobody took: keys that mean nothing together with the others.
     pub fn finish(&self) -> Result<(), CmdlineError> {
-        let Some((key, _)) = self.items.first() else { return Ok(()) };
-        let asked = self.asked.borrow();
-        let near = hint(key, asked.iter().map(String::as_str), "");
-        Err(self.error(format!("parameter '{key}' is not supported{near}")))
+        match self.items.first() {
+            None => Ok(()),
+            Some((key, _)) => Err(self.bad(key, "cannot be given together with the others")),
+        }
     }
+}
+
+/// Whether a switch's or key's text asks for what holds anyway.
+fn is_default(key: &Key, text: &str) -> bool {
+    text == "auto" || key.kind.same(key.default, text)
 }
 
 /// Writes a value so that the grammar reads it back: commas doubled.
@@ -284,49 +375,92 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::cmdline::keys::key;
 
-    #[test]
-    fn both_forms_give_the_same_keys() {
-        let mut a = Opts::parse(
-            "-blockdev",
-            "file,cache.direct=on,node-name=a,filename=x,,y",
-            Some("driver"),
-        )
-        .unwrap();
-        let json = r#"{"driver":"file","cache":{"direct":true},"node-name":"a","filename":"x,y"}"#;
-        let mut b = Opts::parse("-blockdev", json, Some("driver")).unwrap();
-        for opts in [&mut a, &mut b] {
-            assert_eq!(opts.str("driver").as_deref(), Some("file"));
-            assert_eq!(opts.bool("cache.direct").unwrap(), Some(true));
-            assert_eq!(opts.id("node-name").unwrap().as_deref(), Some("a"));
-            assert_eq!(opts.str("filename").as_deref(), Some("x,y"));
-            opts.finish().unwrap();
+    const KEYS: Schema = Schema::of(
+        Some("first"),
+        &[&[
+            key("first", Kind::Text, "", ""),
+            key("id", Kind::Id, "", ""),
+            key("path", Kind::Text, "", ""),
+            key("server", Kind::Switch, "off", ""),
+            key("cache.direct", Kind::Switch, "off", ""),
+            key("size", Kind::Number(1, 9), "7", ""),
+            key("cpus", Kind::List, "", ""),
+            key("old", Kind::Switch, "on", "").ignored("it is old"),
+            key("one", Kind::Switch, "on", "").only(&["on"], "there is one"),
+        ]],
+    );
+
+    /// Parsed and held against [`KEYS`], with the warnings.
+    fn adopted(text: &str) -> Result<(Opts, Vec<String>), String> {
+        let mut o = Opts::parse("-x", text, KEYS.implied).map_err(|e| e.to_string())?;
+        match o.adopt(&KEYS) {
+            Ok(warnings) => Ok((o, warnings)),
+            Err(Stop::Error(e)) => Err(e.to_string()),
+            Err(_) => Err("help".into()),
         }
     }
 
     #[test]
-    fn switches_and_what_is_left_over() {
-        let mut o =
-            Opts::parse("-chardev", "socket,id=a,server,nowait,pathh=1", Some("t")).unwrap();
-        assert_eq!(o.bool("server").unwrap(), Some(true));
-        assert_eq!(o.bool("wait").unwrap(), Some(false));
-        o.take("t");
-        o.take("id");
-        o.take("path");
-        let e = o.finish().unwrap_err().to_string();
-        assert_eq!(e, "-chardev: parameter 'pathh' is not supported; did you mean 'path'?");
+    fn both_forms_give_the_same_keys() {
+        let json = r#"{"first":"f","cache":{"direct":true},"id":"a","path":"x,y","cpus":[1,"2"]}"#;
+        for text in ["f,cache.direct=on,id=a,path=x,,y,cpus=1,cpus=2", json] {
+            let (mut o, _) = adopted(text).unwrap();
+            assert_eq!(o.str("first").as_deref(), Some("f"));
+            assert_eq!(o.bool("cache.direct").unwrap(), Some(true));
+            assert_eq!(o.str("id").as_deref(), Some("a"));
+            assert_eq!(o.str("path").as_deref(), Some("x,y"));
+            assert_eq!(o.list("cpus"), ["1", "2"]);
+            assert_eq!(
+                (o.number::<u8>("size").unwrap(), o.number_if::<u8>("size").unwrap()),
+                (7, None)
+            );
+            o.finish().unwrap();
+        }
+    }
+
+    #[test]
+    fn the_last_of_a_key_counts_but_json_has_it_once() {
+        let (mut o, _) = adopted("path=a,id=1bad,path=b,id=good,server,noserver").unwrap();
+        assert_eq!((o.str("path"), o.str("id")), (Some("b".into()), Some("good".into())));
+        assert_eq!(o.bool("server").unwrap(), Some(false));
+        let e = adopted(r#"{"path":"a","path":"b"}"#).unwrap_err();
+        assert!(e.contains("duplicate key 'path'"), "{e}");
+        let e = adopted(r#"{"cache":{"direct":true,"direct":true}}"#).unwrap_err();
+        assert!(e.contains("duplicate key 'direct'"), "{e}");
+    }
+
+    #[test]
+    fn what_the_table_says_of_a_key_is_done() {
+        let (_, warnings) = adopted("old=yes,one=on").unwrap();
+        assert!(warnings.is_empty(), "{warnings:?}");
+        let (o, warnings) = adopted("old=no").unwrap();
+        assert_eq!(warnings, ["-x old= is ignored: it is old"]);
+        o.finish().unwrap();
+        for (text, says) in [
+            ("one=off", "-x: parameter 'one': only 'on' is supported, not 'off': there is one"),
+            ("pathh=1", "-x: parameter 'pathh' is not supported; did you mean 'path'?"),
+            ("size=10", "-x: parameter 'size': expected a number from 1 to 9, not 10"),
+            ("id=a,path", "-x: parameter 'path': expected a string"),
+            (r#"{"size":null}"#, "-x: parameter 'size': null is no value for it"),
+            ("help", "help"),
+            ("id=a,?", "help"),
+        ] {
+            let e = adopted(text).err().unwrap_or_default();
+            assert!(e.starts_with(says), "{text}: {e}");
+        }
     }
 
     #[test]
     fn json_gives_names_as_strings_and_is_an_object() {
-        for json in [r#"{"id":5}"#, r#"{"id":["a"]}"#, r#"{"id":{"a":1}}"#] {
-            let mut o = Opts::parse("-device", json, None).unwrap();
-            let e = o.id("id").unwrap_err().to_string();
-            assert_eq!(e, "-device: parameter 'id': expected a string");
+        let e = adopted(r#"{"id":5}"#).unwrap_err();
+        assert_eq!(e, "-x: parameter 'id': expected a string");
+        for json in [r#"{"id":["a"]}"#, r#"{"id":{"a":1}}"#, "[]"] {
+            assert!(adopted(json).is_err(), "{json}");
         }
-        let e = Opts::parse("-device", &"[".repeat(100_000), None).unwrap_err().to_string();
+        let e = adopted(&"[".repeat(100_000)).unwrap_err();
         assert!(e.contains("JSON") && e.len() < 200, "{e}");
-        assert!(Opts::parse("-device", "[]", None).is_err());
     }
 
     proptest! {
@@ -343,7 +477,7 @@ mod tests {
 
         #[test]
         fn any_text_parses_or_is_refused(text in "\\PC{0,60}") {
-            let _ = Opts::parse("-x", &text, Some("first"));
+            let _ = adopted(&text);
         }
     }
 }

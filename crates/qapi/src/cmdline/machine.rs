@@ -2,9 +2,12 @@
 
 use spec::{Cpu, MachineType, NumaNode, Smp};
 
-use super::keyval::{Opts, Scalar};
+use super::keys::Kind::{Id, List, Number, OneOf, Size, Switch, SwitchOrAuto, Text};
+use super::keys::{Schema, key};
+use super::keyval::Opts;
+use super::suggest::hint;
 use super::value;
-use super::{Builder, Stop, Taken, invalid};
+use super::{Builder, CmdlineError, Stop, Taken, invalid};
 
 /// vCPUs that a machine can have.
 pub const MAX_CPUS: u64 = 255;
@@ -29,64 +32,134 @@ const CPU_FIXED: [&str; 14] = [
     "xlevel",
 ];
 
+const NO_PART: &str = "the machine has no such part";
+const THERE: &str = "it cannot be switched off";
+
+/// `-machine`.
+const MACHINE: Schema = Schema::of(
+    None,
+    &[&[
+        key("type", Text, "q35", "Machine type; -machine help lists them"),
+        key("accel", Text, "kvm", "Accelerators, joined by colons; kvm must be among them"),
+        key("memory-backend", Id, "", "id of the -object memory-backend-* that is the RAM"),
+        key("usb", Switch, "off", "USB controller").ignored(NO_PART),
+        key("hpet", Switch, "off", "HPET timer").ignored(NO_PART),
+        key("smm", SwitchOrAuto, "off", "System management mode").ignored(NO_PART),
+        key("nvdimm", Switch, "off", "NVDIMM").ignored(NO_PART),
+        key("hmat", Switch, "off", "ACPI HMAT").ignored(NO_PART),
+        key("graphics", Switch, "off", "Display").ignored(NO_PART),
+        key("vmport", SwitchOrAuto, "off", "VMware's I/O port").ignored(NO_PART),
+        key("acpi", SwitchOrAuto, "on", "ACPI tables").only(&["on", "auto"], THERE),
+        key("pit", SwitchOrAuto, "on", "8254 timer").only(&["on", "auto"], THERE),
+        key("pic", SwitchOrAuto, "on", "8259 interrupt controller").only(&["on", "auto"], THERE),
+        key("i8042", SwitchOrAuto, "on", "Keyboard controller, for resets")
+            .only(&["on", "auto"], THERE),
+        key("kernel_irqchip", OneOf(IRQCHIPS), "on", "Interrupt controllers in the kernel")
+            .only(&["on"], "the others are not available"),
+        key("kernel-irqchip", OneOf(IRQCHIPS), "on", "The same")
+            .only(&["on"], "the others are not available"),
+        key("dump-guest-core", Switch, "on", "Guest memory is part of core dumps").quiet(),
+        key("mem-merge", Switch, "on", "Equal pages may be merged").quiet(),
+        key("sata", Switch, "", "SATA controller; there is none").quiet(),
+    ]],
+);
+
+const IRQCHIPS: &[&str] = &["on", "off", "split"];
+const NOTHING: &str = "it changes nothing here";
+
+/// `-accel kvm`.
+const ACCEL: Schema = Schema {
+    name: "kvm",
+    implied: None,
+    keys: &[&[
+        key("kernel-irqchip", OneOf(IRQCHIPS), "on", "Interrupt controllers in the kernel")
+            .only(&["on"], "the others are not available"),
+        key("thread", Text, "", "Threads of TCG").ignored(NOTHING),
+        key("tb-size", Text, "", "Cache of TCG").ignored(NOTHING),
+        key("dirty-ring-size", Number(0, 0xffff_ffff), "0", "KVM's dirty ring")
+            .ignored("dirty pages are found by the dirty log"),
+        key("eager-split-size", Size(1), "0", "Splitting of huge pages").ignored(NOTHING),
+    ]],
+};
+
+/// Counts of `-smp`; 0 is refused with a sentence of its own.
+const SMP: Schema = Schema::of(
+    Some("cpus"),
+    &[&[
+        key(
+            "cpus",
+            Number(0, 1 << 16),
+            "",
+            "vCPUs, 1 to 255; by default what the others give, or 1",
+        ),
+        key(
+            "maxcpus",
+            Number(0, 1 << 16),
+            "",
+            "vCPUs that there can be: as many as cpus, there is no hotplug",
+        ),
+        key("sockets", Number(0, 1 << 16), "", "Sockets"),
+        key("dies", Number(0, 1 << 16), "", "Dies in a socket; by default 1"),
+        key("clusters", Number(0, 1 << 16), "", "Clusters in a die; only 1"),
+        key("cores", Number(0, 1 << 16), "", "Cores in a die"),
+        key("threads", Number(0, 1 << 16), "", "Threads in a core"),
+    ]],
+);
+
+const MEMORY: Schema = Schema::of(
+    Some("size"),
+    &[&[
+        key("size", Size(1 << 20), "128M", "RAM"),
+        key("slots", Number(0, 256), "", "Slots for memory hotplug, of which there is none"),
+        key("maxmem", Size(1 << 20), "", "Most RAM with memory hotplug"),
+    ]],
+);
+
+const NUMA: Schema = Schema::of(
+    Some("type"),
+    &[&[
+        key("type", OneOf(&["node"]), "", "Distances and caches are not available; must be given"),
+        key("nodeid", Number(0, 127), "", "Number of the node; by default the next"),
+        key("cpus", List, "", "vCPUs of the node, such as 0-3; may be given several times"),
+        key("memdev", Id, "", "id of the -object memory-backend-* that is its memory"),
+        key("mem", Size(1 << 20), "", "Its memory, when there is no memdev"),
+    ]],
+);
+
+const MACHINES: [&str; 3] = ["q35", "pc", "none"];
+
 impl Builder {
     pub(super) fn machine_option(&mut self, option: &str, text: &str) -> Taken {
         let mut o = Opts::parse(option, text, Some("type"))?;
+        if o.is("type", "help") {
+            return Err(Stop::Print(machine_help()));
+        }
+        self.adopt(&mut o, &MACHINE)?;
         if let Some(name) = o.str("type") {
-            if matches!(name.as_str(), "help" | "?") {
-                return Err(Stop::Print(machine_help()));
-            }
             self.machine.machine_type = machine_type(&name).ok_or_else(|| {
-                let known = ["q35", "pc", "none"];
-                let near = super::suggest::hint(&name, known.into_iter(), "");
+                let near = hint(&name, MACHINES.into_iter(), "");
                 o.error(format!(
-                    "machine type '{name}' is not supported{near} (available: q35, pc, none; \
-                     -machine help lists them)"
+                    "machine type '{name}' is not supported{near} ({option} help lists what is)"
                 ))
             })?;
         }
         if let Some(list) = o.str("accel") {
             self.accels.extend(list.split(':').map(str::to_string));
         }
-        if let Some(id) = o.id("memory-backend")? {
+        if let Some(id) = o.str("memory-backend") {
             self.machine.memory_backend = Some(id);
         }
-        for key in ["usb", "hpet", "smm", "nvdimm", "hmat", "graphics", "vmport"] {
-            if o.on_off_auto(key)? == Some(true) {
-                self.warn(format!("{option} {key}=on is ignored: the machine has no such part"));
-            }
-        }
-        for key in ["acpi", "pit", "pic", "i8042"] {
-            if o.on_off_auto(key)? == Some(false) {
-                return Err(o.bad(key, "cannot be switched off").into());
-            }
-        }
-        for key in ["kernel_irqchip", "kernel-irqchip"] {
-            if let Some(v) = o.str(key).filter(|v| v != "on") {
-                return Err(o.bad(key, format!("only 'on' is supported, not '{v}'")).into());
-            }
-        }
-        o.bool("dump-guest-core")?;
-        o.bool("mem-merge")?;
-        o.bool("sata")?;
         Ok(o.finish()?)
     }
 
     pub(super) fn accel(&mut self, option: &str, text: &str) -> Taken {
         let mut o = Opts::parse(option, text, Some("accel"))?;
-        let name = o.required("accel")?;
-        if matches!(name.as_str(), "help" | "?") {
+        let names = o.required("accel")?;
+        if matches!(names.as_str(), "help" | "?") {
             return Err(Stop::Print("Accelerators supported:\nkvm\n".into()));
         }
-        self.accels.extend(name.split(':').map(str::to_string));
-        if let Some(v) = o.str("kernel-irqchip").filter(|v| v != "on") {
-            return Err(o
-                .bad("kernel-irqchip", format!("only 'on' is supported, not '{v}'"))
-                .into());
-        }
-        for key in o.ignore(&["thread", "tb-size", "dirty-ring-size", "eager-split-size"]) {
-            self.warn(format!("{option} {key}= is ignored: it changes nothing here"));
-        }
+        self.adopt(&mut o, &ACCEL)?;
+        self.accels.extend(names.split(':').map(str::to_string));
         Ok(o.finish()?)
     }
 
@@ -94,11 +167,7 @@ impl Builder {
         let mut words = text.split(',');
         let model = words.next().unwrap_or_default();
         if matches!(model, "help" | "?") {
-            return Err(Stop::Print(
-                "Available CPUs:\n  host   the host's own CPU (KVM)\n  max    all that KVM offers\n\
-                 Named models of QEMU are looked up when the machine starts.\n"
-                    .into(),
-            ));
+            return Err(Stop::CpuHelp);
         }
         if model.is_empty() {
             return Err(invalid(option, "the CPU model is missing; use 'host'"));
@@ -149,13 +218,10 @@ impl Builder {
     }
 
     pub(super) fn smp(&mut self, option: &str, text: &str) -> Taken {
-        let mut o = Opts::parse(option, text, Some("cpus"))?;
-        let mut count = |key: &str| -> Result<Option<u32>, super::CmdlineError> {
-            let n = o.number::<u32>(key, 0, 1 << 16)?;
-            match n {
-                Some(0) => Err(o.error(
-                    "Invalid CPU topology: CPU topology parameters must be greater than zero",
-                )),
+        let mut o = self.opts(option, text, &SMP)?;
+        let mut count = |key: &str| -> Result<Option<u32>, CmdlineError> {
+            match o.number_if(key)? {
+                Some(0) => Err(o.bad(key, "must be greater than zero")),
                 n => Ok(n),
             }
         };
@@ -170,24 +236,39 @@ impl Builder {
         };
         o.finish()?;
         self.machine.smp = given.resolve().map_err(|e| invalid(option, e))?;
-        if self.machine.smp.max_cpus > self.machine.smp.cpus {
-            self.warn(format!("{option} maxcpus= is ignored: there is no vCPU hotplug"));
+        let Smp { cpus, max_cpus, .. } = self.machine.smp;
+        if max_cpus > cpus {
+            return Err(invalid(
+                option,
+                format!(
+                    "maxcpus ({max_cpus}) is more than cpus ({cpus}), and vCPUs cannot be plugged \
+                     into a running machine: give both the same number, or leave maxcpus out \
+                     (with sockets, cores and threads whose product is cpus)"
+                ),
+            ));
         }
         Ok(())
     }
 
     pub(super) fn memory(&mut self, option: &str, text: &str) -> Taken {
-        let mut o = Opts::parse(option, text, Some("size"))?;
-        if let Some(size) = o.size("size", 1 << 20)?.filter(|s| *s != 0) {
-            if size > MAX_MEMORY {
+        let mut o = self.opts(option, text, &MEMORY)?;
+        match o.size("size")? {
+            Some(0) => self.warn(format!(
+                "{option} 0 is taken as the default, {} MiB, as QEMU does",
+                spec::DEFAULT_MEMORY >> 20
+            )),
+            Some(size) if size > MAX_MEMORY => {
                 return Err(o.bad("size", "more than 32 TiB").into());
             }
-            // QEMU rounds up to 8 KiB; a page is what matters here.
-            self.machine.memory = size.next_multiple_of(8192);
-            self.memory_given = true;
+            Some(size) => {
+                // As QEMU rounds.
+                self.machine.memory = size.next_multiple_of(8192);
+                self.memory_given = true;
+            }
+            None => {}
         }
-        let slots = o.number::<u32>("slots", 0, 256)?;
-        let most = o.size("maxmem", 1 << 20)?;
+        let slots: Option<u32> = o.number_if("slots")?;
+        let most = o.size("maxmem")?;
         if let Some(most) = most
             && most < self.machine.memory
         {
@@ -203,32 +284,20 @@ impl Builder {
     }
 
     pub(super) fn numa(&mut self, option: &str, text: &str) -> Taken {
-        let mut o = Opts::parse(option, text, Some("type"))?;
-        let kind = o.required("type")?;
-        if kind != "node" {
-            return Err(o.bad("type", format!("only 'node' is supported, not '{kind}'")).into());
-        }
+        let mut o = self.opts(option, text, &NUMA)?;
+        o.required("type")?;
         let next = self.machine.numa.iter().map(|n| n.id + 1).max().unwrap_or(0);
-        let id = o.number::<u32>("nodeid", 0, 127)?.unwrap_or(next);
-        let memdev = o.id("memdev")?;
-        let size = o.size("mem", 1 << 20)?;
+        let id = o.number_if("nodeid")?.unwrap_or(next);
+        let memdev = o.str("memdev");
+        let size = o.size("mem")?;
         if memdev.is_some() && size.is_some() {
             return Err(o.error("'mem' and 'memdev' exclude each other").into());
         }
-        // cpus= may be given several times, in JSON as a list.
         let mut cpus = Vec::new();
-        let mut left = Vec::new();
-        for (key, scalar) in o.rest() {
-            match (key == "cpus" || key.starts_with("cpus."), scalar) {
-                (true, Scalar::Text(s) | Scalar::Number(s)) => {
-                    cpus.extend(cpu_range(&s).map_err(|e| o.bad("cpus", e))?);
-                }
-                _ => left.push(key),
-            }
+        for range in o.list("cpus") {
+            cpus.extend(cpu_range(&range).map_err(|e| o.bad("cpus", e))?);
         }
-        if let Some(key) = left.first() {
-            return Err(o.bad(key, "is not supported").into());
-        }
+        o.finish()?;
         if self.machine.numa.iter().any(|n| n.id == id) {
             return Err(o.bad("nodeid", format!("node {id} was given before")).into());
         }

@@ -1,21 +1,22 @@
 //! QEMU's command line, parsed into a [`spec::Machine`].
 //!
 //! - `options`: the table of all options and what becomes of each.
-//! - `keyval`, `value`, `suggest`: the grammar of option values.
+//! - `keys`: tables of keys; `keyval`, `value`, `suggest`: the grammar of option values.
 //! - `machine`, `object`, `block`, `net`, `device`, `chardev`, `process`: one option family each.
 //! - `finish`: default devices and checks across options, when all are read.
 //!
 //! Invariants: every word is either understood, taken with a warning line because it changes
 //! nothing here, or refused by name. Nothing is dropped silently.
 
-mod block;
-mod chardev;
-mod device;
+pub mod block;
+pub mod chardev;
+pub mod device;
 mod finish;
+pub mod keys;
 pub mod keyval;
 mod machine;
-mod net;
-mod object;
+pub mod net;
+pub mod object;
 pub mod options;
 mod process;
 mod suggest;
@@ -24,9 +25,9 @@ pub mod value;
 use std::collections::HashMap;
 use std::path::PathBuf;
 
+use keys::{Family, Schema};
+use keyval::Opts;
 use spec::Machine;
-
-pub use device::{DRIVERS, HARMLESS_DRIVERS};
 
 /// What a command line asks for.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,6 +36,8 @@ pub enum Parsed {
     Machine(Box<Machine>),
     /// Print this text and exit with status 0 (`-help`, `-version`, `-machine help`, ...).
     Print(String),
+    /// Print the CPU models and features that there are (`-cpu help`) and exit with status 0.
+    CpuHelp,
 }
 
 /// A command line that is refused; the text names the option and what is wrong with it.
@@ -61,6 +64,7 @@ enum Stop {
     Error(CmdlineError),
     /// `... help`: print this instead of running.
     Print(String),
+    CpuHelp,
 }
 
 impl From<CmdlineError> for Stop {
@@ -79,6 +83,7 @@ pub fn parse(args: &[String]) -> Result<Parsed, CmdlineError> {
     match builder.read(args).and_then(|()| builder.finish()) {
         Ok(()) => Ok(Parsed::Machine(Box::new(builder.machine))),
         Err(Stop::Print(text)) => Ok(Parsed::Print(text)),
+        Err(Stop::CpuHelp) => Ok(Parsed::CpuHelp),
         Err(Stop::Error(e)) => Err(e),
     }
 }
@@ -147,6 +152,54 @@ impl Builder {
             }
             options::Action::Refuse(why) => Err(invalid(word, why)),
         }
+    }
+
+    /// Parses an option that has one table of keys.
+    fn opts(&mut self, option: &str, text: &str, schema: &'static Schema) -> Result<Opts, Stop> {
+        let mut o = Opts::parse(option, text, schema.implied)?;
+        self.adopt(&mut o, schema)?;
+        Ok(o)
+    }
+
+    /// Parses an option whose first word chooses a driver; returns that driver's table too.
+    fn member(
+        &mut self,
+        option: &str,
+        text: &str,
+        family: &Family,
+    ) -> Result<(Opts, &'static Schema), Stop> {
+        let mut o = Opts::parse(option, text, Some(family.key))?;
+        let schema = self.pick(&mut o, family)?;
+        Ok((o, schema))
+    }
+
+    /// The driver that `o` chooses.
+    fn pick(&mut self, o: &mut Opts, family: &Family) -> Result<&'static Schema, Stop> {
+        let name = o.required(family.key)?;
+        self.choose(o, family, &name, &[])
+    }
+
+    /// The driver called `name`; `more` are names that are known otherwise.
+    fn choose(
+        &mut self,
+        o: &mut Opts,
+        family: &Family,
+        name: &str,
+        more: &[&'static str],
+    ) -> Result<&'static Schema, Stop> {
+        if matches!(name, "help" | "?") {
+            return Err(Stop::Print(family.help(o.option())));
+        }
+        let schema = family.find(o.option(), name, more)?;
+        self.adopt(o, schema)?;
+        Ok(schema)
+    }
+
+    fn adopt(&mut self, o: &mut Opts, schema: &'static Schema) -> Taken {
+        for line in o.adopt(schema)? {
+            self.warn(line);
+        }
+        Ok(())
     }
 
     /// One warning line; the same line is not repeated.

@@ -5,53 +5,119 @@ use std::path::PathBuf;
 use spec::{DeviceKind, NetBackend, NetKind, VirtioNet};
 
 use super::device::Pending;
+use super::keys::Kind::{Fds, Id, Mac, Number, OneOf, Size, Switch, Text};
+use super::keys::{Family, Key, Member, Schema, key, refused};
 use super::keyval::Opts;
-use super::suggest::hint;
 use super::value;
 use super::{Builder, CmdlineError, Stop, Taken, invalid};
 
-const MODELS: [&str; 4] =
-    ["virtio-net-pci", "virtio", "virtio-net", "virtio-net-pci-non-transitional"];
+/// `-netdev`.
+pub const BACKENDS: Family = Family { members: &[tap_member(&TAP)], ..FAMILY };
+
+/// `-nic`: a back end with its card.
+const NICS: Family = Family { members: &[tap_member(&TAP_NIC)], ..FAMILY };
+
+const FAMILY: Family = Family {
+    key: "type",
+    what: "network back end",
+    heading: "Available netdev backend types:",
+    members: &[],
+    absent: &[
+        "user",
+        "bridge",
+        "socket",
+        "stream",
+        "dgram",
+        "vhost-user",
+        "vhost-vdpa",
+        "vde",
+        "l2tpv3",
+        "hubport",
+    ],
+    instead: "use tap",
+};
+
+const fn tap_member(schema: &'static Schema) -> Member {
+    Member { schema, aliases: &[], about: "tap interface of the host" }
+}
+
+const TAP: Schema = Schema {
+    name: "tap",
+    implied: None,
+    keys: &[&[key("id", Id, "", "Name of the back end; must be given")], TAP_KEYS],
+};
+
+const TAP_NIC: Schema = Schema {
+    name: "tap",
+    implied: None,
+    keys: &[
+        &[
+            key("id", Id, "", "Name of the back end"),
+            key("model", OneOf(MODELS), "virtio-net-pci", "The card that the guest sees"),
+            key(
+                "mac",
+                Mac,
+                "",
+                "MAC address; by default 52:54:00:12:34:56, the next card's one more",
+            ),
+            key("macaddr", Mac, "", "The same"),
+        ],
+        TAP_KEYS,
+    ],
+};
+
+const MODELS: &[&str] =
+    &["virtio-net-pci", "virtio", "virtio-net", "virtio-net-pci-non-transitional"];
+
+const NO_VHOST: &str = "in-kernel vhost-net is not available; leave it out";
+const NOTHING: &str = "it changes nothing here";
+
+const TAP_KEYS: &[Key] = &[
+    key(
+        "ifname",
+        Text,
+        "",
+        "Interface, made when it does not exist; by default the kernel names it",
+    ),
+    key("fd", Fds, "", "Inherited fd of an open tap"),
+    key("fds", Fds, "", "Inherited fds, one a queue"),
+    key("queues", Number(1, 64), "", "Queue pairs; by default 1, or one for each fd"),
+    key("script", Text, "no", "Script run when the tap was opened, with the interface's name"),
+    key("downscript", Text, "no", "Script run before the tap is closed"),
+    key("br", Text, "", "Bridge that the interface is put into"),
+    key("vnet_hdr", Switch, "on", "Frames carry offload headers").only(&["on"], "they always do"),
+    key("vhost", Switch, "off", "In-kernel vhost-net").only(&["off"], NO_VHOST),
+    key("vhostforce", Switch, "off", "Old name of vhost").only(&["off"], NO_VHOST),
+    refused("vhostfd", NO_VHOST),
+    refused("vhostfds", NO_VHOST),
+    key("sndbuf", Size(1), "", "Send buffer of the tap").ignored(NOTHING),
+    key("poll-us", Number(0, u64::MAX), "", "Time of polling").ignored(NOTHING),
+];
 
 impl Builder {
     pub(super) fn netdev(&mut self, option: &str, text: &str) -> Taken {
-        let mut o = Opts::parse(option, text, Some("type"))?;
-        let kind = o.required("type")?;
-        if matches!(kind.as_str(), "help" | "?") {
-            return Err(Stop::Print("Available netdev backend types:\ntap\n".into()));
-        }
-        let id = o.id("id")?.ok_or_else(|| o.error("parameter 'id' is missing"))?;
+        let (mut o, _) = self.member(option, text, &BACKENDS)?;
+        let id = o.required("id")?;
         if self.machine.netdevs.iter().any(|n| n.id == id) {
             return Err(o.error(format!("netdev '{id}' was given before")).into());
         }
-        let kind = self.backend(&mut o, &kind)?;
+        let kind = tap(&mut o)?;
         self.machine.netdevs.push(NetBackend { id, kind });
         Ok(o.finish()?)
     }
 
     pub(super) fn nic(&mut self, option: &str, text: &str) -> Taken {
-        let mut o = Opts::parse(option, text, Some("type"))?;
-        let kind = o.required("type")?;
-        if kind == "none" {
-            return Ok(o.finish()?);
+        if text == "none" {
+            return Ok(());
         }
-        let id = o.id("id")?.unwrap_or_else(|| format!("__org.qemu.net{}", self.nics.len()));
-        if let Some(model) = o.str("model").filter(|m| !MODELS.contains(&m.as_str())) {
-            let near = hint(&model, MODELS.into_iter(), "");
-            return Err(o.bad("model", format!("'{model}' is not supported{near}")).into());
-        }
-        let mut net =
-            VirtioNet { netdev: id.clone(), mac: self.next_mac(), ..VirtioNet::default() };
-        if let Some(mac) = match o.with("mac", value::mac)? {
-            Some(mac) => Some(mac),
-            None => o.with("macaddr", value::mac)?,
-        } {
-            net.mac = mac;
-        }
-        let kind = self.backend(&mut o, &kind)?;
-        net.mq = match &kind {
-            NetKind::Tap { queues, .. } => *queues > 1,
-        };
+        let (mut o, _) = self.member(option, text, &NICS)?;
+        let id = o.str("id").unwrap_or_else(|| format!("__org.qemu.net{}", self.nics.len()));
+        o.str("model");
+        let macs = [o.with("mac", value::mac)?, o.with("macaddr", value::mac)?];
+        let mac = macs.into_iter().flatten().next().unwrap_or(self.next_mac());
+        let kind = tap(&mut o)?;
+        let NetKind::Tap { queues, .. } = &kind;
+        let net = VirtioNet { netdev: id.clone(), mac, mq: *queues > 1, ..VirtioNet::default() };
         o.finish()?;
         let device = Pending::plain(option, DeviceKind::VirtioNet(net));
         self.nics.push((NetBackend { id, kind }, device));
@@ -61,18 +127,14 @@ impl Builder {
     pub(super) fn net(&mut self, option: &str, text: &str) -> Taken {
         match text {
             "none" => Ok(()),
+            "help" | "?" => Err(Stop::Print(format!(
+                "{option} none turns the default network off, of which there is none here.\n\
+                 -netdev help lists back ends, -device help lists cards.\n"
+            ))),
             _ => {
                 Err(invalid(option, "only 'none' is supported; use -netdev with -device, or -nic"))
             }
         }
-    }
-
-    fn backend(&mut self, o: &mut Opts, kind: &str) -> Result<NetKind, CmdlineError> {
-        let made = backend(o, kind)?;
-        for key in o.ignore(&["sndbuf", "poll-us"]) {
-            self.warn(format!("-netdev tap {key}= is ignored: it changes nothing here"));
-        }
-        Ok(made)
     }
 
     /// QEMU's range of default addresses: 52:54:00:12:34:56 and up.
@@ -90,20 +152,6 @@ impl Builder {
     }
 }
 
-fn backend(o: &mut Opts, kind: &str) -> Result<NetKind, CmdlineError> {
-    match kind {
-        "tap" => tap(o),
-        "user" | "bridge" | "socket" | "stream" | "dgram" | "vhost-user" | "vhost-vdpa" | "vde"
-        | "l2tpv3" | "hubport" => {
-            Err(o.error(format!("network back end '{kind}' is not available; use tap")))
-        }
-        _ => Err(o.error(format!(
-            "network back end '{kind}' is not supported{}",
-            hint(kind, ["tap"].into_iter(), "")
-        ))),
-    }
-}
-
 fn tap(o: &mut Opts) -> Result<NetKind, CmdlineError> {
     let one = o.with("fd", value::fds)?;
     if one.as_ref().is_some_and(|l| l.len() > 1) {
@@ -114,9 +162,7 @@ fn tap(o: &mut Opts) -> Result<NetKind, CmdlineError> {
         return Err(o.error("'fd' and 'fds' exclude each other"));
     }
     let fds = one.or(many).unwrap_or_default();
-    let mut vhostfds = o.with("vhostfd", value::fds)?.unwrap_or_default();
-    vhostfds.extend(o.with("vhostfds", value::fds)?.unwrap_or_default());
-    let queues = o.number::<u16>("queues", 1, 64)?;
+    let queues = o.number_if("queues")?;
     let ifname = o.str("ifname");
     if ifname.as_ref().is_some_and(|n| n.is_empty() || n.len() > 15 || n.contains(['/', ' '])) {
         return Err(o.bad("ifname", "expected a name of 1 to 15 characters"));
@@ -135,13 +181,5 @@ fn tap(o: &mut Opts) -> Result<NetKind, CmdlineError> {
         }
     }
     let queues = queues.unwrap_or(fds.len().max(1) as u16);
-    let force = o.flag("vhostforce", false)?;
-    let vhost = o.bool("vhost")?.unwrap_or(force || !vhostfds.is_empty());
-    if !vhostfds.is_empty() && (!vhost || vhostfds.len() != usize::from(queues)) {
-        return Err(o.error("there must be one vhost fd for each queue, and vhost=on"));
-    }
-    if !o.flag("vnet_hdr", true)? {
-        return Err(o.bad("vnet_hdr", "cannot be switched off"));
-    }
-    Ok(NetKind::Tap { ifname, fds, queues, script, downscript, bridge, vhost, vhostfds })
+    Ok(NetKind::Tap { ifname, fds, queues, script, downscript, bridge })
 }

@@ -3,9 +3,88 @@
 
 use spec::RtcBase;
 
-use super::keyval::Opts;
+use super::keys::Kind::{OneOf, Switch, Text};
+use super::keys::{Schema, key};
 use super::value;
 use super::{Builder, Stop, Taken, invalid};
+
+const NAME: Schema = Schema::of(
+    Some("guest"),
+    &[&[
+        key("guest", Text, "", "Name of the VM, for monitors and the tern commands"),
+        key("debug-threads", Switch, "off", "Threads have names; they always do").quiet(),
+        key("process", Text, "", "Name of the process").ignored("the process keeps its name"),
+    ]],
+);
+
+const RTC: Schema = Schema::of(
+    Some("base"),
+    &[&[
+        key(
+            "base",
+            Text,
+            "utc",
+            "utc, localtime, or the date at the start, such as 2026-11-21T10:00:00",
+        ),
+        key("clock", OneOf(&["host", "rt", "vm"]), "host", "The clock that it goes by")
+            .only(&["host"], "the others are not available"),
+        key("driftfix", OneOf(&["none", "slew"]), "none", "Ticks that were missed come later")
+            .ignored("the kernel keeps the timer's ticks"),
+    ]],
+);
+
+const NO_DEVICE: &str = "there is no such device";
+
+const ACTION: Schema = Schema::of(
+    None,
+    &[&[
+        key("reboot", OneOf(&["reset", "shutdown"]), "reset", "What a reset by the guest does"),
+        key("shutdown", OneOf(&["poweroff", "pause"]), "poweroff", "What power-off does"),
+        key("panic", Text, "", "What a guest's panic does").ignored(NO_DEVICE),
+        key("watchdog", Text, "", "What a watchdog does").ignored(NO_DEVICE),
+    ]],
+);
+
+const KERNEL_BOOTS: &str = "the kernel given by -kernel is booted";
+
+const BOOT: Schema = Schema::of(
+    Some("order"),
+    &[&[
+        key("strict", Switch, "off", "Boot from nothing else").quiet(),
+        key("order", Text, "", "Drives in the order of booting").ignored(KERNEL_BOOTS),
+        key("once", Text, "", "The same, for the first boot").ignored(KERNEL_BOOTS),
+        key("menu", Switch, "off", "Boot menu").ignored(KERNEL_BOOTS),
+        key("splash", Text, "", "Picture").ignored(KERNEL_BOOTS),
+        key("splash-time", Text, "", "How long it is shown").ignored(KERNEL_BOOTS),
+        key("reboot-timeout", Text, "", "When to try again").ignored(KERNEL_BOOTS),
+    ]],
+);
+
+const OVERCOMMIT: Schema = Schema::of(
+    None,
+    &[&[
+        key("mem-lock", Switch, "off", "Lock all memory").ignored("it is not available"),
+        key("cpu-pm", Switch, "off", "The guest halts the processor")
+            .ignored("it is not available"),
+    ]],
+);
+
+const MSG: Schema = Schema::of(
+    None,
+    &[&[
+        key("timestamp", Switch, "", "Time in messages; the log decides").quiet(),
+        key("guest-name", Switch, "", "The VM's name in messages").quiet(),
+    ]],
+);
+
+const GLOBAL: Schema = Schema::of(
+    None,
+    &[&[
+        key("driver", Text, "", "Which device"),
+        key("property", Text, "", "Which property"),
+        key("value", Text, "", "Its value"),
+    ]],
+);
 
 /// `-global` values that say what is so anyway, or what a guest here cannot see.
 const HARMLESS_GLOBALS: [&str; 5] = [
@@ -43,15 +122,9 @@ const LOG_ITEMS: [&str; 21] = [
 
 impl Builder {
     pub(super) fn name(&mut self, option: &str, text: &str) -> Taken {
-        let mut o = Opts::parse(option, text, Some("guest"))?;
+        let mut o = self.opts(option, text, &NAME)?;
         if let Some(name) = o.str("guest") {
             self.machine.name = Some(name);
-        }
-        if let Some(on) = o.bool("debug-threads")? {
-            self.machine.process.debug_threads = on;
-        }
-        if !o.ignore(&["process"]).is_empty() {
-            self.warn(format!("{option} process= is ignored: the process keeps its name"));
         }
         Ok(o.finish()?)
     }
@@ -103,91 +176,51 @@ impl Builder {
     }
 
     pub(super) fn rtc(&mut self, option: &str, text: &str) -> Taken {
-        let mut o = Opts::parse(option, text, Some("base"))?;
-        if let Some(base) = o.str("base") {
-            self.machine.rtc = match base.as_str() {
-                "utc" => RtcBase::Utc,
-                "localtime" => RtcBase::Localtime,
-                date => RtcBase::At(date_seconds(date).ok_or_else(|| {
-                    o.bad(
-                        "base",
-                        format!(
-                            "expected utc, localtime or a date such as \
-                                           2026-11-21T10:00:00, not '{date}'"
-                        ),
-                    )
-                })?),
-            };
-        }
-        if let Some(clock) = o.str("clock").filter(|c| c != "host") {
-            return Err(o.bad("clock", format!("only 'host' is supported, not '{clock}'")).into());
-        }
-        if o.str("driftfix").is_some_and(|d| d != "none") {
-            self.warn(format!("{option} driftfix= is ignored: the kernel keeps the timer's ticks"));
-        }
+        let mut o = self.opts(option, text, &RTC)?;
+        let base = o.or_default("base");
+        self.machine.rtc = match base.as_str() {
+            "utc" => RtcBase::Utc,
+            "localtime" => RtcBase::Localtime,
+            date => RtcBase::At(date_seconds(date).ok_or_else(|| {
+                o.bad(
+                    "base",
+                    format!(
+                        "expected utc, localtime or a date such as 2026-11-21T10:00:00, not '{date}'"
+                    ),
+                )
+            })?),
+        };
         Ok(o.finish()?)
     }
 
     pub(super) fn action(&mut self, option: &str, text: &str) -> Taken {
-        let mut o = Opts::parse(option, text, None)?;
-        match o.str("reboot").as_deref() {
-            None => {}
-            Some("reset") => self.machine.actions.no_reboot = false,
-            Some("shutdown") => self.machine.actions.no_reboot = true,
-            Some(other) => {
-                return Err(o
-                    .bad("reboot", format!("expected reset or shutdown, not '{other}'"))
-                    .into());
-            }
+        let mut o = self.opts(option, text, &ACTION)?;
+        if let Some(reboot) = o.str("reboot") {
+            self.machine.actions.no_reboot = reboot == "shutdown";
         }
-        match o.str("shutdown").as_deref() {
-            None => {}
-            Some("poweroff") => self.machine.actions.no_shutdown = false,
-            Some("pause") => self.machine.actions.no_shutdown = true,
-            Some(other) => {
-                return Err(o
-                    .bad("shutdown", format!("expected poweroff or pause, not '{other}'"))
-                    .into());
-            }
-        }
-        for key in o.ignore(&["panic", "watchdog"]) {
-            self.warn(format!("{option} {key}= is ignored: there is no such device"));
+        if let Some(shutdown) = o.str("shutdown") {
+            self.machine.actions.no_shutdown = shutdown == "pause";
         }
         Ok(o.finish()?)
     }
 
     pub(super) fn boot(&mut self, option: &str, text: &str) -> Taken {
-        let mut o = Opts::parse(option, text, Some("order"))?;
-        o.ignore(&["strict"]);
-        for key in o.ignore(&["order", "once", "menu", "splash", "splash-time", "reboot-timeout"]) {
-            self.warn(format!("{option} {key}= is ignored: the kernel given by -kernel is booted"));
-        }
-        Ok(o.finish()?)
+        Ok(self.opts(option, text, &BOOT)?.finish()?)
     }
 
     pub(super) fn overcommit(&mut self, option: &str, text: &str) -> Taken {
-        let mut o = Opts::parse(option, text, None)?;
-        for key in ["mem-lock", "cpu-pm"] {
-            if o.flag(key, false)? {
-                self.warn(format!("{option} {key}=on is ignored: it is not available"));
-            }
-        }
-        Ok(o.finish()?)
+        Ok(self.opts(option, text, &OVERCOMMIT)?.finish()?)
     }
 
     pub(super) fn msg(&mut self, option: &str, text: &str) -> Taken {
-        let mut o = Opts::parse(option, text, None)?;
-        // Messages carry the time or not as the log does.
-        o.bool("timestamp")?;
-        o.bool("guest-name")?;
-        Ok(o.finish()?)
+        Ok(self.opts(option, text, &MSG)?.finish()?)
     }
 
     pub(super) fn global(&mut self, option: &str, text: &str) -> Taken {
         let name = match text.split_once('=') {
             Some((name, _)) if name.contains('.') => name.to_string(),
             _ => {
-                let mut o = Opts::parse(option, text, None)?;
+                let mut o = self.opts(option, text, &GLOBAL)?;
                 let name = format!("{}.{}", o.required("driver")?, o.required("property")?);
                 o.required("value")?;
                 o.finish()?;

@@ -9,6 +9,19 @@ pub fn switch(text: &str) -> Result<bool, String> {
     }
 }
 
+/// A letter, then letters, digits, `-`, `.` and `_`.
+pub fn id(text: &str) -> Result<(), String> {
+    let mut chars = text.chars();
+    let good = chars.next().is_some_and(|c| c.is_ascii_alphabetic())
+        && chars.all(|c| c.is_ascii_alphanumeric() || "-._".contains(c));
+    match good {
+        true => Ok(()),
+        false => {
+            Err(format!("'{text}' is not an identifier (a letter, then letters, digits, '-._')"))
+        }
+    }
+}
+
 /// A whole number, decimal or with 0x.
 pub fn number(text: &str) -> Result<u64, String> {
     let parsed = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {

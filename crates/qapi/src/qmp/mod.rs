@@ -6,6 +6,6 @@
 
 pub mod scanner;
 pub mod session;
-mod strict;
+pub(crate) mod strict;
 
 pub use session::{QmpSession, Request, Step};
