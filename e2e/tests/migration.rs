@@ -173,3 +173,39 @@ fn nobody_listens() {
     }
     assert_eq!(vm.status().unwrap(), "running");
 }
+
+/// A guest that came by a migration restarts, by itself and by the monitor, and works again: what
+/// a reset goes back to is what the destination made, for it never ran the guest's first boot.
+#[test]
+fn a_guest_that_was_migrated_reboots() {
+    let Some(mut bed) = Bed::new("reboot-after") else { return };
+    let mut work = working(&mut bed);
+    let uri = bed.uri();
+    let (mut to, _tap) = destination(&mut bed, &work.config, &uri);
+    migrate(&mut work.vm, &mut to, &uri).unwrap();
+    assert_at_work(&mut work.guest);
+    drop(work.stream);
+    let mut guest = work.guest;
+    for (boots, by_guest) in [(1, true), (2, false)] {
+        if by_guest {
+            // It may be gone before it answers.
+            std::thread::spawn(move || guest.order(&Order::Reboot));
+        } else {
+            to.qmp.execute("system_reset", Value::Null).unwrap();
+        }
+        let reset = to.qmp.wait_event("RESET", Duration::from_secs(30)).unwrap();
+        assert_eq!(reset.data["guest"], by_guest, "{reset:?}");
+        let until = Instant::now() + BOOT;
+        // The serial line of the destination begins with the guest's arrival.
+        while to.serial().matches("TERN-GUEST READY {").count() < boots {
+            to.check().unwrap();
+            assert!(Instant::now() < until, "boot {boots}: {}", to.serial());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        assert_eq!(to.status().unwrap(), "running");
+        guest = Control::connect(network::GUEST).unwrap();
+        assert_at_work(&mut guest);
+        to.qmp.forget_events();
+    }
+    assert_eq!(work.vm.status().unwrap(), "postmigrate");
+}

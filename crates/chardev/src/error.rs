@@ -3,30 +3,38 @@
 use std::io;
 use std::path::PathBuf;
 
-/// Why a chardev could not be opened. Each names the chardev.
+/// Most bytes of a Unix socket's path (unix(7): sun_path with its ending zero).
+pub(crate) const MAX_UNIX_PATH: usize = 107;
+
+/// Why a chardev could not be opened. Each names what the user wrote, or the chardev's id.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("chardev '{id}': cannot open the {what} '{}': {source}", path.display())]
-    Open { id: String, what: &'static str, path: PathBuf, source: io::Error },
-    #[error("chardev '{id}': cannot listen on {address}: {source}")]
-    Listen { id: String, address: String, source: io::Error },
+    #[error("{who}: cannot open the {what} '{}': {source}", path.display())]
+    Open { who: String, what: &'static str, path: PathBuf, source: io::Error },
+    #[error("{who}: cannot listen on {address}: {source}")]
+    Listen { who: String, address: String, source: io::Error },
     #[error(
-        "chardev '{id}': cannot listen on {address}: another process listens there; stop it or give another path"
+        "{who}: cannot listen on {address}: another process listens there; stop it or give another path"
     )]
-    InUse { id: String, address: String },
+    InUse { who: String, address: String },
     #[error(
-        "chardev '{id}': cannot listen on '{}': a file that is not a socket is in the way; move it or give another path",
+        "{who}: cannot listen on '{}': a file that is not a socket is in the way; move it or give another path",
         path.display()
     )]
-    NotASocket { id: String, path: PathBuf },
-    #[error("chardev '{id}': cannot connect to {address}: {source}")]
-    Connect { id: String, address: String, source: io::Error },
-    #[error("chardev '{id}': fd {fd} is not usable: expected {expected}")]
-    Fd { id: String, fd: i32, expected: &'static str },
+    NotASocket { who: String, path: PathBuf },
     #[error(
-        "chardev '{id}': stdio is in use by another chardev; only one can have it (several front ends can share one with mux=on)"
+        "{who}: the path '{}' has {} bytes; that of a Unix socket can have {MAX_UNIX_PATH}",
+        path.display(), path.as_os_str().len()
     )]
-    StdioTaken { id: String },
-    #[error("chardev '{id}': cannot set up {what}: {source}")]
-    Setup { id: String, what: &'static str, source: io::Error },
+    LongPath { who: String, path: PathBuf },
+    #[error("{who}: cannot connect to {address}: {source}")]
+    Connect { who: String, address: String, source: io::Error },
+    #[error("{who}: fd {fd} is not usable: expected {expected}")]
+    Fd { who: String, fd: i32, expected: &'static str },
+    #[error(
+        "{who}: stdio is in use by another chardev; only one can have it (several front ends can share one with mux=on)"
+    )]
+    StdioTaken { who: String },
+    #[error("{who}: cannot set up {what}: {source}")]
+    Setup { who: String, what: &'static str, source: io::Error },
 }

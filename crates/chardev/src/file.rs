@@ -12,7 +12,7 @@ use crate::{Chardev, Error};
 
 pub(crate) fn open(setup: Setup, path: &Path, append: bool) -> Result<Arc<dyn Chardev>, Error> {
     let file = create(path, append).map_err(|source| Error::Open {
-        id: setup.label.clone(),
+        who: setup.who.clone(),
         what: "output file",
         path: path.into(),
         source,
@@ -29,9 +29,9 @@ pub(crate) fn open(setup: Setup, path: &Path, append: bool) -> Result<Arc<dyn Ch
 }
 
 /// Opens the file that gets a copy of all output.
-pub(crate) fn open_log(id: &str, path: &Path, append: bool) -> Result<File, Error> {
+pub(crate) fn open_log(who: &str, path: &Path, append: bool) -> Result<File, Error> {
     create(path, append).map_err(|source| Error::Open {
-        id: id.into(),
+        who: who.into(),
         what: "log file",
         path: path.into(),
         source,

@@ -131,9 +131,10 @@ impl Default for Options {
 /// client even with `wait=on`: see [`Chardev::wait_connected`].
 pub fn open(config: &spec::Chardev, options: Options) -> Result<Arc<dyn Chardev>, Error> {
     let on_quit = options.on_quit.clone();
-    let log = |path| file::open_log(&config.id, path, config.log_append);
+    let log = |path| file::open_log(&config.told(), path, config.log_append);
     let log = config.logfile.as_deref().map(log).transpose()?;
-    let setup = pump::Setup { label: config.id.clone(), options, log, wait: false };
+    let setup =
+        pump::Setup { label: config.id.clone(), who: config.told(), options, log, wait: false };
     let chardev: Arc<dyn Chardev> = match &config.kind {
         ChardevKind::Null => null::open(setup)?,
         ChardevKind::Stdio { signal } => stdio::open(setup, *signal)?,

@@ -17,9 +17,9 @@ use crate::pump::{Pump, Setup, Source};
 use crate::{Chardev, Error, sys};
 
 pub(crate) fn open(setup: Setup) -> Result<Arc<dyn Chardev>, Error> {
-    let id = setup.label.clone();
+    let who = setup.who.clone();
     let source =
-        Pty::new().map_err(|source| Error::Setup { id, what: "a pseudo-terminal", source })?;
+        Pty::new().map_err(|source| Error::Setup { who, what: "a pseudo-terminal", source })?;
     tracing::info!("chardev '{}' is {}", setup.label, source.path);
     Ok(Arc::new(Pump::start(setup, Box::new(source), None)?))
 }

@@ -64,6 +64,8 @@ impl Source for NoMore {
 /// What every back end is opened with.
 pub(crate) struct Setup {
     pub label: String,
+    /// Its name in errors.
+    pub who: String,
     pub options: Options,
     pub log: Option<File>,
     /// `wait=on`.
@@ -126,8 +128,8 @@ impl Pump {
         first: Option<Link>,
     ) -> Result<Self, Error> {
         let failed = |what| {
-            let id = setup.label.clone();
-            move |source| Error::Setup { id, what, source }
+            let who = setup.who.clone();
+            move |source| Error::Setup { who, what, source }
         };
         let name = first.as_ref().map_or_else(|| source.idle_name(), |link| link.name.clone());
         let shared = Arc::new(Shared {

@@ -12,13 +12,14 @@ use std::time::{Duration, Instant};
 
 use spec::SocketAddress;
 
+use crate::error::MAX_UNIX_PATH;
 use crate::link::Link;
 use crate::pump::{NoMore, Pump, Setup, Source};
 use crate::{Chardev, Error, sys};
 
 /// Opens a server.
 pub(crate) fn listen(setup: Setup, address: &SocketAddress) -> Result<Arc<dyn Chardev>, Error> {
-    let server = Server::new(&setup.label, address)?;
+    let server = Server::new(&setup.who, address)?;
     Ok(Arc::new(Pump::start(setup, Box::new(server), None)?))
 }
 
@@ -29,10 +30,11 @@ pub(crate) fn connect(
     address: &SocketAddress,
     reconnect: u32,
 ) -> Result<Arc<dyn Chardev>, Error> {
-    let id = setup.label.clone();
-    let failed = |source| Error::Connect { id: id.clone(), address: describe(address), source };
+    let who = setup.who.clone();
+    let failed = |source| Error::Connect { who: who.clone(), address: describe(address), source };
+    check_path(&who, address)?;
     if let SocketAddress::Fd { fd } = address {
-        let fd = adopt_socket(&id, *fd, false)?;
+        let fd = adopt_socket(&who, *fd, false)?;
         let name = local_name(&fd);
         let link = Link::socket(fd, name.clone());
         let source = Box::new(NoMore(format!("disconnected:{name}")));
@@ -102,11 +104,21 @@ fn unix_path(fd: &OwnedFd) -> Option<PathBuf> {
     address.as_pathname().map(Path::to_path_buf)
 }
 
+/// Refuses a Unix path that the kernel would not take.
+fn check_path(who: &str, address: &SocketAddress) -> Result<(), Error> {
+    match address {
+        SocketAddress::Unix { path } if path.as_os_str().len() > MAX_UNIX_PATH => {
+            Err(Error::LongPath { who: who.into(), path: path.clone() })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Takes over an inherited stream socket.
-fn adopt_socket(id: &str, fd: RawFd, listening: bool) -> Result<OwnedFd, Error> {
+fn adopt_socket(who: &str, fd: RawFd, listening: bool) -> Result<OwnedFd, Error> {
     let expected =
         if listening { "a listening stream socket" } else { "a connected stream socket" };
-    let bad = || Error::Fd { id: id.into(), fd, expected };
+    let bad = || Error::Fd { who: who.into(), fd, expected };
     let socket = sys::adopt(fd).ok_or_else(bad)?;
     let stream = sys::socket_option(&socket, libc::SO_TYPE).is_ok_and(|t| t == libc::SOCK_STREAM);
     let accepts = sys::socket_option(&socket, libc::SO_ACCEPTCONN).is_ok_and(|a| a != 0);
@@ -152,14 +164,17 @@ struct Server {
 }
 
 impl Server {
-    fn new(id: &str, address: &SocketAddress) -> Result<Self, Error> {
+    fn new(who: &str, address: &SocketAddress) -> Result<Self, Error> {
         let failed = |source: io::Error| match source.kind() {
-            io::ErrorKind::AddrInUse => Error::InUse { id: id.into(), address: describe(address) },
-            _ => Error::Listen { id: id.into(), address: describe(address), source },
+            io::ErrorKind::AddrInUse => {
+                Error::InUse { who: who.into(), address: describe(address) }
+            }
+            _ => Error::Listen { who: who.into(), address: describe(address), source },
         };
+        check_path(who, address)?;
         let (listener, name, file) = match address {
             SocketAddress::Unix { path } => {
-                make_room(id, path)?;
+                make_room(who, path)?;
                 let listener = UnixListener::bind(path).map_err(failed)?;
                 let file = SocketFile::new(path).map_err(failed)?;
                 (Listener::Unix(listener), describe(address), Some(file))
@@ -170,7 +185,7 @@ impl Server {
                 (Listener::Tcp(listener), format!("tcp:{local}"), None)
             }
             SocketAddress::Fd { fd } => {
-                let socket = adopt_socket(id, *fd, true)?;
+                let socket = adopt_socket(who, *fd, true)?;
                 let name = local_name(&socket);
                 let unix = sys::socket_option(&socket, libc::SO_DOMAIN).map_err(failed)?;
                 let listener = if unix == libc::AF_UNIX {
@@ -218,10 +233,10 @@ fn bind(host: &str, port: u16) -> io::Result<TcpListener> {
 }
 
 /// Removes the socket file of a dead server; refuses where one lives or another file is.
-fn make_room(id: &str, path: &Path) -> Result<(), Error> {
+fn make_room(who: &str, path: &Path) -> Result<(), Error> {
     let Ok(data) = std::fs::symlink_metadata(path) else { return Ok(()) };
     if !data.file_type().is_socket() {
-        return Err(Error::NotASocket { id: id.into(), path: path.into() });
+        return Err(Error::NotASocket { who: who.into(), path: path.into() });
     }
     // Non-blocking: a live server whose backlog is full must not hang us.
     let alive = match unix_address(path).and_then(|a| sys::start_connect(libc::AF_UNIX, &a)) {
@@ -230,10 +245,10 @@ fn make_room(id: &str, path: &Path) -> Result<(), Error> {
     };
     let address = || describe(&SocketAddress::Unix { path: path.into() });
     if alive {
-        return Err(Error::InUse { id: id.into(), address: address() });
+        return Err(Error::InUse { who: who.into(), address: address() });
     }
     std::fs::remove_file(path).map_err(|source| Error::Listen {
-        id: id.into(),
+        who: who.into(),
         address: address(),
         source,
     })

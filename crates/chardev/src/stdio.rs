@@ -26,10 +26,10 @@ use crate::{Chardev, Error, sys};
 static TAKEN: AtomicBool = AtomicBool::new(false);
 
 pub(crate) fn open(setup: Setup, signal: bool) -> Result<Arc<dyn Chardev>, Error> {
-    let id = setup.label.clone();
-    let failed = |source| Error::Setup { id: id.clone(), what: "stdio", source };
+    let who = setup.who.clone();
+    let failed = |source| Error::Setup { who: who.clone(), what: "stdio", source };
     if TAKEN.swap(true, Ordering::AcqRel) {
-        return Err(Error::StdioTaken { id });
+        return Err(Error::StdioTaken { who });
     }
     // From here on `claim` gives stdio back, whatever fails.
     let claim = Claim;

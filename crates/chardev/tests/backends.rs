@@ -16,7 +16,14 @@ use common::{Recorder, eventually};
 use spec::{ChardevKind, SocketAddress};
 
 fn config(kind: ChardevKind) -> spec::Chardev {
-    spec::Chardev { id: "c0".into(), kind, mux: false, logfile: None, log_append: false }
+    spec::Chardev {
+        id: "c0".into(),
+        kind,
+        mux: false,
+        logfile: None,
+        log_append: false,
+        written: String::new(),
+    }
 }
 
 fn unix(path: &Path, server: bool, reconnect: u32) -> spec::Chardev {
@@ -487,4 +494,15 @@ fn close_lets_go_of_a_front_end_that_holds_its_chardev() {
     server.wait_connected();
     server.drain(soon());
     assert!(!server.frontend_open());
+}
+
+#[test]
+fn a_path_that_no_socket_can_have_is_told_with_its_length() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x".repeat(200));
+    for server in [true, false] {
+        let config = spec::Chardev { written: "-qmp unix:...".into(), ..unix(&path, server, 0) };
+        let told = refusal(&config);
+        assert!(told.starts_with("-qmp unix:...: the path '/") && told.contains("107"), "{told}");
+    }
 }

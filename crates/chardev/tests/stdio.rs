@@ -28,6 +28,7 @@ fn child() {
         mux: false,
         logfile: None,
         log_append: false,
+        written: String::new(),
     };
     let stdio = chardev::open(&config, Options::serial()).unwrap();
     let again = chardev::open(&config, Options::serial()).err().unwrap().to_string();

@@ -333,6 +333,9 @@ fn attach(file: &File, name: &str, multi: bool) -> Result<String> {
                  'ip tuntap add dev NAME mode tap user USER vnet_hdr', or pass it with fd="
             }
             Some(libc::EBUSY) => "another process uses it",
+            Some(libc::EINVAL) if !is_tap(name) => {
+                "it is another kind of interface; give the name of a tap, or a new one to make it"
+            }
             Some(libc::EINVAL) => {
                 "it exists with other flags: a tap made for several queues needs queues=2 or more \
                  and multi_queue, one made for one queue needs queues=1"
@@ -342,6 +345,11 @@ fn attach(file: &File, name: &str, multi: bool) -> Result<String> {
         Error::Attach { name: name.into(), source, advice }
     })?;
     Ok(name_of(&ifr))
+}
+
+/// Whether the interface there is one of the tun driver's.
+fn is_tap(name: &str) -> bool {
+    Path::new("/sys/class/net").join(name).join("tun_flags").exists()
 }
 
 fn interface_of(file: &File) -> io::Result<(String, libc::c_short)> {

@@ -381,3 +381,27 @@ fn the_generic_loader_takes_plain_files() {
         assert!(told.contains(says), "{told}");
     }
 }
+
+#[test]
+fn what_the_user_wrote_is_kept_for_messages() {
+    let long = format!("unix:/{},server=on,wait=off", "x".repeat(300));
+    let m = machine(&format!(
+        "-nodefaults -nic tap,ifname=t0 -netdev tap,id=n -device virtio-net-pci,netdev=n \
+         -drive if=virtio,file=/d,format=raw -serial null -qmp {long} -chardev null,id=c"
+    ));
+    let written = |d: &Device| d.written.clone();
+    assert_eq!(
+        m.devices.iter().map(written).collect::<Vec<_>>(),
+        [
+            "-device virtio-net-pci,netdev=n",
+            "",
+            "-drive if=virtio,file=/d,format=raw",
+            "-nic tap,ifname=t0",
+        ]
+    );
+    assert_eq!(m.netdevs[0].written, "-netdev tap,id=n");
+    assert_eq!(m.netdevs[1].written, "-nic tap,ifname=t0");
+    let told: Vec<String> = m.chardevs.iter().map(Chardev::told).collect();
+    assert_eq!((&told[0][..], &told[1][..]), ("-chardev null,id=c", "-serial null"));
+    assert!(told[2].starts_with("-qmp unix:/xxx") && told[2].ends_with("x..."), "{}", told[2]);
+}

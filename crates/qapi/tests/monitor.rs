@@ -67,6 +67,7 @@ fn world(hmp: bool) -> World {
         mux: false,
         logfile: None,
         log_append: false,
+        written: String::new(),
     };
     let chardev: Arc<dyn Chardev> = chardev::open(&config, chardev::Options::monitor()).unwrap();
     let events = EventBus::new();

@@ -149,6 +149,9 @@ pub enum BlockDriver {
 pub struct NetBackend {
     pub id: String,
     pub kind: NetKind,
+    /// What the user wrote for it, for messages ("-nic tap,ifname=t0").
+    #[serde(default)]
+    pub written: String,
 }
 
 /// `-netdev` types that work.
@@ -180,6 +183,9 @@ pub struct Device {
     pub addr: Option<(u8, u8)>,
     pub multifunction: bool,
     pub kind: DeviceKind,
+    /// What the user wrote for it, for messages.
+    #[serde(default)]
+    pub written: String,
 }
 
 /// `-device` drivers that work.
@@ -302,6 +308,19 @@ pub struct Chardev {
     /// It is written on, not anew.
     #[serde(default)]
     pub log_append: bool,
+    /// What the user wrote for it, for messages; empty: it is nobody's but Tern's.
+    #[serde(default)]
+    pub written: String,
+}
+
+impl Chardev {
+    /// Its name in messages: what the user wrote, and otherwise its id.
+    pub fn told(&self) -> String {
+        match self.written.as_str() {
+            "" => format!("chardev '{}'", self.id),
+            written => written.into(),
+        }
+    }
 }
 
 /// `-chardev` types that work.

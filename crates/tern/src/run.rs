@@ -115,7 +115,8 @@ fn absolute(path: &PathBuf) -> Result<PathBuf, String> {
 }
 
 fn device(id: String, kind: DeviceKind) -> Device {
-    Device { id: Some(id), bus: None, addr: None, multifunction: false, kind }
+    let (bus, addr, written) = (None, None, String::new());
+    Device { id: Some(id), bus, addr, multifunction: false, kind, written }
 }
 
 /// The first serial port: on the terminal together with the monitor, or on the console socket.
@@ -139,7 +140,14 @@ fn add_console(machine: &mut Machine, detach: bool, name: &str) {
         ChardevKind::Stdio { signal: false }
     };
     let (mux, logfile) = (!detach, None);
-    machine.chardevs.push(Chardev { id: id.into(), kind, mux, logfile, log_append: false });
+    machine.chardevs.push(Chardev {
+        id: id.into(),
+        kind,
+        mux,
+        logfile,
+        log_append: false,
+        written: String::new(),
+    });
     let serial = DeviceKind::IsaSerial { chardev: id.into(), index: 0 };
     machine.devices.push(device("serial0".into(), serial));
 }
@@ -168,10 +176,12 @@ fn add_net(machine: &mut Machine, index: usize, text: &str) -> Result<(), String
         downscript: None,
         bridge: None,
     };
-    machine.netdevs.push(NetBackend { id: id.clone(), kind });
+    let written = format!("--net {text}");
+    machine.netdevs.push(NetBackend { id: id.clone(), kind, written: written.clone() });
     let mac = mac.unwrap_or_else(random_mac);
     let nic = VirtioNet { netdev: id, mac, ..VirtioNet::default() };
-    machine.devices.push(device(format!("nic{index}"), DeviceKind::VirtioNet(nic)));
+    let nic = device(format!("nic{index}"), DeviceKind::VirtioNet(nic));
+    machine.devices.push(Device { written, ..nic });
     Ok(())
 }
 
@@ -207,7 +217,8 @@ fn add_disk(machine: &mut Machine, index: usize, text: &str) -> Result<(), Strin
     machine.blocks.push(block(&file, BlockDriver::File { filename }, read_only));
     machine.blocks.push(block(&node, BlockDriver::Raw { file: file.clone() }, read_only));
     let disk = VirtioBlk { drive: node, read_only, ..VirtioBlk::default() };
-    machine.devices.push(device(format!("vd{index}"), DeviceKind::VirtioBlk(disk)));
+    let disk = device(format!("vd{index}"), DeviceKind::VirtioBlk(disk));
+    machine.devices.push(Device { written: format!("--disk {text}"), ..disk });
     Ok(())
 }
 

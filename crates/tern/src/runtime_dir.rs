@@ -216,6 +216,7 @@ fn publish_in(base: &Path, machine: &mut spec::Machine) -> Result<RuntimeDir, Er
         mux: false,
         logfile: None,
         log_append: false,
+        written: String::new(),
     });
     machine.monitors.push(spec::Monitor {
         chardev: MONITOR_ID.into(),

@@ -45,7 +45,9 @@ pub fn build(
     let incoming = spec.process.incoming.is_some();
     let vm: Arc<dyn Vm> = KvmVm::new(Path::new(hv::kvm::DEFAULT_PATH)).map_err(text)?;
     let mem = memory::build(spec)?;
-    vm.map_memory(&mem).map_err(text)?;
+    let ram = qapi::cmdline::value::bytes(spec.memory);
+    vm.map_memory(&mem)
+        .map_err(|e| format!("-m: {e}; {ram} may be too much for this host's KVM"))?;
     let interrupts = Interrupts::new(vm.clone()).map_err(text)?;
     let pcie = spec.machine_type == MachineType::Q35;
     let mut builder = Builder {
@@ -152,8 +154,10 @@ impl Builder<'_> {
         for (index, device) in self.spec.devices.iter().enumerate() {
             let name =
                 device.id.clone().unwrap_or_else(|| format!("{}.{index}", driver(&device.kind)));
-            self.device(device, &name)
-                .map_err(|e| format!("-device {},id={name}: {e}", driver(&device.kind)))?;
+            self.device(device, &name).map_err(|e| match device.written.as_str() {
+                "" => format!("{} {name}: {e}", driver(&device.kind)),
+                written => format!("{written}: {e}"),
+            })?;
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Guest RAM from the description: size, backend object, NUMA.
 
 use mem::{Backing, BackingKind, GuestMemory};
+use qapi::cmdline::value::bytes;
 use spec::{MemoryBackend, MemoryKind};
 
 use crate::layout;
@@ -20,15 +21,32 @@ pub fn build(spec: &spec::Machine) -> Result<GuestMemory, String> {
     let size = spec.memory;
     if !(MIN_RAM..=layout::MAX_RAM).contains(&size) || !size.is_multiple_of(mem::PAGE_SIZE) {
         return Err(format!(
-            "-m: {size} bytes of RAM; expected {MIN_RAM} to {} bytes in whole 4 KiB pages",
-            layout::MAX_RAM
+            "{} of RAM (-m, or its -object memory-backend-*): expected {} to {} in whole 4 KiB pages",
+            bytes(size),
+            bytes(MIN_RAM),
+            bytes(layout::MAX_RAM)
         ));
     }
-    let backing = match backend(spec)? {
-        Some(b) => backing(b),
-        None => PRIVATE,
-    };
-    GuestMemory::new(&layout::ram(size), &backing).map_err(|e| e.to_string())
+    let object = backend(spec)?;
+    let made = GuestMemory::new(&layout::ram(size), &object.map_or(PRIVATE, backing));
+    made.map_err(|e| match object {
+        Some(MemoryBackend { id, kind: MemoryKind::Memfd { hugetlb: Some(page) }, .. }) => format!(
+            "-object memory-backend-memfd,id={id}: {e}; it needs {} free huge pages of {}, see \
+             /sys/kernel/mm/hugepages",
+            size.div_ceil(*page),
+            bytes(*page)
+        ),
+        Some(b) => format!("-object {},id={}: {e}", name(&b.kind), b.id),
+        None => format!("-m: {e}"),
+    })
+}
+
+fn name(kind: &MemoryKind) -> &'static str {
+    match kind {
+        MemoryKind::Ram => "memory-backend-ram",
+        MemoryKind::Memfd { .. } => "memory-backend-memfd",
+        MemoryKind::File { .. } => "memory-backend-file",
+    }
 }
 
 fn find<'a>(spec: &'a spec::Machine, id: &str) -> Result<&'a MemoryBackend, String> {
@@ -44,8 +62,9 @@ fn backend(spec: &spec::Machine) -> Result<Option<&MemoryBackend>, String> {
         let b = find(spec, id)?;
         if b.size != spec.memory {
             return Err(format!(
-                "-machine memory-backend={id}: it has {} bytes, -m says {}",
-                b.size, spec.memory
+                "-machine memory-backend={id}: it has {}, -m says {}",
+                bytes(b.size),
+                bytes(spec.memory)
             ));
         }
         return Ok(Some(b));

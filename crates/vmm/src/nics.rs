@@ -34,7 +34,11 @@ impl Nic {
                 format!("netdev={}: there is no -netdev of that name", net.netdev)
             })?;
         let NetKind::Tap { .. } = &backend.kind;
-        let taps = open_tap(&backend.kind).map_err(|e| format!("-netdev {}: {e}", backend.id))?;
+        let taps = open_tap(&backend.kind).map_err(|e| match backend.written.as_str() {
+            // -nic and --net: said by who plugs the device.
+            written if !written.starts_with("-netdev") => e,
+            written => format!("{written}: {e}"),
+        })?;
         let name = taps.first().map_or(String::new(), |t| t.name().to_owned());
         let queues = taps.len() as u16;
         let config = NetConfig {

@@ -83,7 +83,7 @@ fn open_chardevs(
     }
     for (chardev, config) in all.iter().zip(&spec.chardevs) {
         if matches!(config.kind, spec::ChardevKind::Socket { server: true, wait: true, .. }) {
-            eprintln!("tern: info: waiting for a connection on chardev '{}'", chardev.label());
+            eprintln!("tern: info: waiting for a connection: {}", config.told());
         }
         chardev.wait_connected();
     }

@@ -19,6 +19,8 @@ pub(super) struct Drive {
     pub read_only: bool,
     pub write_cache: bool,
     pub used: bool,
+    /// The option with its text.
+    pub written: String,
 }
 
 /// Deepest nesting of `-blockdev` nodes.
@@ -252,6 +254,7 @@ impl Builder {
             read_only,
             write_cache: cache.write_back,
             used: false,
+            written: String::new(),
         });
         Ok(())
     }

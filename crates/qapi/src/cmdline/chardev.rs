@@ -124,7 +124,10 @@ impl Builder {
         let logfile = o.str("logfile").map(Into::into);
         let log_append = o.flag("logappend")?;
         o.finish()?;
-        self.add_chardev(option, Chardev { id, kind, mux, logfile, log_append })
+        self.add_chardev(
+            option,
+            Chardev { id, kind, mux, logfile, log_append, written: String::new() },
+        )
     }
 
     fn add_chardev(&mut self, option: &str, chardev: Chardev) -> Taken {
@@ -170,8 +173,9 @@ impl Builder {
             ChardevKind::Stdio { .. } if mux => ChardevKind::Stdio { signal: false },
             kind => kind,
         };
-        let id = label.into();
-        self.add_chardev(option, Chardev { id, kind, mux, logfile: None, log_append: false })?;
+        let (id, written) = (label.into(), super::shown(option, word));
+        let (logfile, log_append) = (None, false);
+        self.add_chardev(option, Chardev { id, kind, mux, logfile, log_append, written })?;
         if mux {
             self.add_monitor(label.into(), MonitorMode::Readline, false);
         }

@@ -6,6 +6,7 @@ use spec::{
 };
 
 use super::device::Pending;
+use super::value;
 use super::{Builder, Taken, invalid};
 
 /// 16550s at COM1 to COM4.
@@ -100,7 +101,9 @@ impl Builder {
                 write_cache: drive.write_cache,
                 ..VirtioBlk::default()
             });
-            self.parsed_devices.push(Pending::plain("-drive", kind));
+            let mut device = Pending::plain("-drive", kind);
+            device.device.written.clone_from(&drive.written);
+            self.parsed_devices.push(device);
         }
     }
 
@@ -326,9 +329,13 @@ impl Builder {
                 )
             })?;
             if self.memory_given && size != m.memory {
+                let (object, ram) = (value::bytes(size), value::bytes(m.memory));
                 return Err(invalid(
                     "-machine",
-                    "Machine memory size does not match the size of the memory backend",
+                    format!(
+                        "memory-backend={id}: that -object has {object} and -m says {ram}; give \
+                         both the same size, or leave -m out"
+                    ),
                 ));
             }
             m.memory = size;
@@ -379,8 +386,9 @@ impl Builder {
             return Err(invalid(
                 "-numa",
                 format!(
-                    "total memory for NUMA nodes ({total:#x}) should equal RAM size ({:#x})",
-                    m.memory
+                    "total memory for NUMA nodes ({}) should equal RAM size ({}, from -m)",
+                    value::bytes(total),
+                    value::bytes(m.memory)
                 ),
             ));
         }

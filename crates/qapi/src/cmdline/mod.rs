@@ -144,13 +144,31 @@ impl Builder {
 
     fn take(&mut self, option: &options::OptionSpec, word: &str, argument: &str) -> Taken {
         match option.action {
-            options::Action::Run(run) => run(self, word, argument),
+            options::Action::Run(run) => {
+                run(self, word, argument)?;
+                self.note(word, argument);
+                Ok(())
+            }
             options::Action::Nothing => Ok(()),
             options::Action::Warn(why) => {
                 self.warn(format!("{word} is ignored: {why}"));
                 Ok(())
             }
             options::Action::Refuse(why) => Err(invalid(word, why)),
+        }
+    }
+
+    /// Gives what an option has made that option's text, for messages.
+    fn note(&mut self, word: &str, argument: &str) {
+        let written = shown(word, argument);
+        let devices = self.parsed_devices.iter_mut().map(|d| &mut d.device.written);
+        let nics = self.nics.iter_mut().flat_map(|(n, d)| [&mut n.written, &mut d.device.written]);
+        let netdevs = self.machine.netdevs.iter_mut().map(|n| &mut n.written);
+        let chardevs = self.machine.chardevs.iter_mut().map(|c| &mut c.written);
+        let drives = self.drives.iter_mut().map(|d| &mut d.written);
+        let all = devices.chain(nics).chain(netdevs).chain(chardevs).chain(drives);
+        for made in all.filter(|made| made.is_empty()) {
+            made.clone_from(&written);
         }
     }
 
@@ -207,6 +225,15 @@ impl Builder {
         if !self.machine.warnings.contains(&line) {
             self.machine.warnings.push(line);
         }
+    }
+}
+
+/// An option with its argument, cut off where that is endless.
+fn shown(option: &str, argument: &str) -> String {
+    const MOST: usize = 200;
+    match argument.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{option} {}...", &argument[..end]),
+        None => format!("{option} {argument}"),
     }
 }
 

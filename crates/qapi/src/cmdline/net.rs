@@ -102,7 +102,7 @@ impl Builder {
             return Err(o.error(format!("netdev '{id}' was given before")).into());
         }
         let kind = tap(&mut o)?;
-        self.machine.netdevs.push(NetBackend { id, kind });
+        self.machine.netdevs.push(NetBackend { id, kind, written: String::new() });
         Ok(o.finish()?)
     }
 
@@ -120,7 +120,7 @@ impl Builder {
         let net = VirtioNet { netdev: id.clone(), mac, mq: *queues > 1, ..VirtioNet::default() };
         o.finish()?;
         let device = Pending::plain(option, DeviceKind::VirtioNet(net));
-        self.nics.push((NetBackend { id, kind }, device));
+        self.nics.push((NetBackend { id, kind, written: String::new() }, device));
         Ok(())
     }
 

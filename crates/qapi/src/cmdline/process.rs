@@ -163,8 +163,17 @@ impl Builder {
     }
 
     pub(super) fn incoming(&mut self, option: &str, uri: &str) -> Taken {
-        let good = uri == "defer"
-            || ["tcp:", "unix:"].iter().any(|p| uri.strip_prefix(p).is_some_and(|r| !r.is_empty()));
+        let port =
+            |rest: &str| rest.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+        let good = match uri.split_once(':') {
+            Some(("tcp", rest)) if !port(rest) => {
+                let why = "expected tcp:HOST:PORT with a port from 0 to 65535";
+                return Err(invalid(option, format!("'{uri}': {why}")));
+            }
+            Some(("tcp", _)) => true,
+            Some(("unix", path)) => !path.is_empty(),
+            _ => uri == "defer",
+        };
         if !good {
             return Err(invalid(
                 option,

@@ -68,6 +68,16 @@ pub fn size(text: &str, unit: u64) -> Result<u64, String> {
     Ok(bytes as u64)
 }
 
+/// A number of bytes for people: "512 MiB", in the largest unit of which it is a whole number.
+pub fn bytes(n: u64) -> String {
+    let units = ["TiB", "GiB", "MiB", "KiB"];
+    let unit = units
+        .iter()
+        .zip([40, 30, 20, 10])
+        .find(|(_, shift)| n != 0 && n.is_multiple_of(1 << shift));
+    unit.map_or_else(|| format!("{n} bytes"), |(name, shift)| format!("{} {name}", n >> shift))
+}
+
 /// "52:54:00:12:34:56", also with dashes; not multicast.
 pub fn mac(text: &str) -> Result<[u8; 6], String> {
     let wrong = || format!("expected a MAC address such as 52:54:00:12:34:56, not '{text}'");
@@ -128,6 +138,8 @@ mod tests {
         assert_eq!(size("524288k", 1 << 20), Ok(512 << 20));
         assert_eq!(size("1.5G", 1), Ok(3 << 29));
         assert_eq!(size("0x100", 1), Ok(256));
+        let told: Vec<String> = [0, 1000, 3 << 20, 1 << 40].into_iter().map(bytes).collect();
+        assert_eq!(told, ["0 bytes", "1000 bytes", "3 MiB", "1 TiB"]);
         for bad in ["", "M", "-1", "1x", "99999999999999999999", "20E", "1e3", "é"] {
             assert!(size(bad, 1).is_err(), "{bad}");
         }

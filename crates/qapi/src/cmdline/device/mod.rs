@@ -24,7 +24,8 @@ pub(super) struct Pending {
 
 impl Pending {
     pub fn plain(option: &str, kind: DeviceKind) -> Self {
-        let device = Device { id: None, bus: None, addr: None, multifunction: false, kind };
+        let (id, bus, addr, written) = (None, None, None, String::new());
+        let device = Device { id, bus, addr, multifunction: false, kind, written };
         Self { device, option: option.into(), write_cache: None }
     }
 }
@@ -60,15 +61,14 @@ impl Builder {
             _ => self.rng(&mut o)?,
         };
         let device = match kind {
-            DeviceKind::IsaSerial { .. } => {
-                Device { id, bus: None, addr: None, multifunction: false, kind }
-            }
+            DeviceKind::IsaSerial { .. } => Device { id, ..Pending::plain(option, kind).device },
             _ => Device {
                 id,
                 bus: o.str("bus"),
                 addr: o.with("addr", value::pci_addr)?,
                 multifunction: o.flag("multifunction")?,
                 kind,
+                written: String::new(),
             },
         };
         o.finish()?;
