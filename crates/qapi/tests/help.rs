@@ -160,9 +160,12 @@ fn a_default_that_help_names_changes_nothing_when_it_is_given() {
             else {
                 panic!("{driver} {}", key.name)
             };
-            // Switches that were given are kept apart from those that were not.
+            // Switches that were given are kept apart from those that were not, as are the words.
             for m in [&mut with, &mut without] {
+                m.netdevs.iter_mut().for_each(|n| n.written.clear());
+                m.chardevs.iter_mut().for_each(|c| c.written.clear());
                 for device in &mut m.devices {
+                    device.written.clear();
                     match &mut device.kind {
                         spec::DeviceKind::VirtioNet(net) => net.features.clear(),
                         spec::DeviceKind::VirtioBlk(blk) => blk.features.clear(),

@@ -482,6 +482,8 @@ mod tests {
                         // Every other time in place of a dead VM.
                         let name = format!("vm{t}");
                         if n % 2 == 0 {
+                            // Whole before anybody looks, as what a VM leaves is.
+                            let _making = lock_base(base, PATIENCE).unwrap();
                             dead(base, &name);
                         }
                         let vm = RuntimeDir::create_in(base, &name).unwrap();

@@ -39,7 +39,10 @@ fn make(model: &str, wanted: &[(&str, bool)]) -> Result<Vec<CpuidEntry>, Error> 
 #[test]
 fn unknown_names_are_refused_with_the_nearest() {
     let e = make("Haswel", &[]).unwrap_err().to_string();
-    assert_eq!(e, "there is no CPU model 'Haswel' (did you mean 'Haswell'?)");
+    assert_eq!(
+        e,
+        "there is no CPU model 'Haswel' (did you mean 'Haswell'?) (-cpu help lists what is)"
+    );
     let e = make("host", &[("avx22", true)]).unwrap_err().to_string();
     assert!(e.contains("avx22") && e.contains("did you mean"), "{e}");
     assert!(make(&"x".repeat(10_000), &[]).is_err());
