@@ -312,7 +312,11 @@ impl Session {
 
     /// Stops all rings for good.
     fn stop_all<B: Backend>(&mut self, device: &mut B) {
-        self.pause(device);
+        for index in 0..self.rings.len() {
+            if self.rings[index].running {
+                self.stop(device, index);
+            }
+        }
         self.rings.iter_mut().for_each(RingState::reset);
     }
 

@@ -254,3 +254,21 @@ fn a_reset_stops_rings_and_keeps_what_front_ends_set_once() {
     peer.say(FrontendId::GetVringBase, state(0), &[]);
     assert_eq!(call.read().unwrap(), 1);
 }
+
+#[test]
+fn where_a_ring_stood_is_told_after_a_reset() {
+    for (packed, base) in [(false, 7), (true, 0x8003_8003)] {
+        let mut peer = Peer::new();
+        peer.say(FrontendId::SetProtocolFeatures, Payload::U64(protocol::STATUS), &[]);
+        let ring = if packed { mask(VIRTIO_F_RING_PACKED) } else { 0 };
+        peer.say(FrontendId::SetFeatures, Payload::U64(V1 | ring | F_PROTOCOL_FEATURES), &[]);
+        std::os::unix::fs::FileExt::write_at(&peer.ram, &7u16.to_le_bytes(), 0x2002).unwrap();
+        peer.memory();
+        peer.ring(base);
+        peer.kick();
+        // So QEMU 7.2 stops a device.
+        peer.say(FrontendId::SetStatus, Payload::U64(0), &[]);
+        peer.say(FrontendId::GetVringBase, state(0), &[]);
+        assert_eq!(peer.answer(), [0, base], "packed {packed}");
+    }
+}

@@ -68,10 +68,11 @@ pub struct RingState {
 
 impl RingState {
     /// As after the connection was made, but for the descriptors of call and error, which front
-    /// ends set once.
+    /// ends set once, and the position: QEMU 7.2 sets the status to 0 when it stops a device, and
+    /// asks only then how far its rings came.
     pub fn reset(&mut self) {
         let (call, err) = (std::mem::take(&mut self.call), self.err.take());
-        *self = Self { call, err, ..Self::default() };
+        *self = Self { call, err, base: self.base, ..Self::default() };
     }
 
     /// Whether the front end wants it to run.
