@@ -63,6 +63,7 @@ impl Bed {
         Config {
             program: vmm(),
             name: format!("vm{}", self.started),
+            kvm: true,
             memory_mib: 256,
             cpus: 1,
             kernel: variable("TERN_GUEST_KERNEL").unwrap_or_default(),

@@ -21,6 +21,7 @@ pub fn config(program: &str, dir: &Path) -> Result<Config> {
     Ok(Config {
         program: program.into(),
         name: "tiny".into(),
+        kvm: true,
         memory_mib: 16,
         cpus: 1,
         kernel: file("kernel", &kernel())?,

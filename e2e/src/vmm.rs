@@ -31,6 +31,8 @@ pub struct Config {
     pub program: PathBuf,
     /// The VM's name.
     pub name: String,
+    /// On KVM, or (QEMU's) on a software CPU.
+    pub kvm: bool,
     /// Guest memory, MiB.
     pub memory_mib: u32,
     /// Virtual CPUs.
@@ -70,7 +72,8 @@ impl Config {
             add(&["qemu"]);
         }
         add(&["-name", &self.name, "-nodefaults", "-no-user-config", "-display", "none"]);
-        add(&["-machine", "q35", "-accel", "kvm", "-cpu", "host"]);
+        let (accel, cpu) = if self.kvm { ("kvm", "host") } else { ("tcg,thread=multi", "max") };
+        add(&["-machine", "q35", "-accel", accel, "-cpu", cpu]);
         add(&["-smp", &self.cpus.to_string(), "-m", &self.memory_mib.to_string()]);
         add(&[
             "-kernel",
@@ -151,7 +154,7 @@ impl Config {
 
 /// The child dies with this process, and inherits the descriptor.
 #[allow(unsafe_code)]
-fn prepare_child(command: &mut Command, inherit: Option<i32>) {
+pub(crate) fn prepare_child(command: &mut Command, inherit: Option<i32>) {
     // SAFETY: prctl and fcntl are async-signal-safe and take no memory of this process.
     unsafe {
         command.pre_exec(move || {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::cpio::Archive;
-use crate::kernel::{self, Flavour};
+use crate::kernel::{self, Flavour, Kernel};
 use crate::{Result, lab, paths};
 
 /// In loading order; what one needs comes before it.
@@ -25,21 +25,11 @@ pub struct Guest {
     pub initramfs: PathBuf,
 }
 
-/// Builds the static `tern-guest`.
-fn build_init() -> Result<PathBuf> {
+/// Builds the static `binary` of the package e2e.
+pub fn build_init(binary: &str) -> Result<PathBuf> {
     let target = paths::target().join("guest");
     let status = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-        .args([
-            "build",
-            "--quiet",
-            "--release",
-            "-p",
-            "e2e",
-            "--bin",
-            "tern-guest",
-            "--target",
-            TRIPLE,
-        ])
+        .args(["build", "--quiet", "--release", "-p", "e2e", "--bin", binary, "--target", TRIPLE])
         .arg("--target-dir")
         .arg(&target)
         .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols")
@@ -51,7 +41,7 @@ fn build_init() -> Result<PathBuf> {
     if !status.success() {
         return Err("the guest's init does not build".into());
     }
-    Ok(target.join(TRIPLE).join("release/tern-guest"))
+    Ok(target.join(TRIPLE).join("release").join(binary))
 }
 
 /// A number that changes with the bytes (FNV-1a): tells whether something has to be built anew.
@@ -61,7 +51,8 @@ fn fingerprint(bytes: &[u8]) -> u64 {
         .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3))
 }
 
-fn archive(init: &Path, kernel: &kernel::Kernel) -> Result<Vec<u8>> {
+/// An archive with an init, busybox, and kernel modules; more can be added.
+pub fn archive(init: &Path, kernel: &Kernel, modules: &[&str]) -> Result<Archive> {
     let mut archive = Archive::new();
     for dir in ["bin", "dev", "proc", "sys", "tmp", "modules"] {
         archive.dir(dir);
@@ -71,17 +62,18 @@ fn archive(init: &Path, kernel: &kernel::Kernel) -> Result<Vec<u8>> {
     archive.copy("bin/busybox", 0o755, "/bin/busybox".as_ref())?;
     archive.link("bin/sh", "busybox");
     let mut order = String::new();
-    for path in kernel.module_files(MODULES)? {
+    for path in kernel.module_files(modules)? {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         archive.copy(&format!("modules/{name}"), 0o644, &path)?;
         order.push_str(&name);
         order.push('\n');
     }
     archive.file("modules/order", 0o644, order.as_bytes());
-    Ok(archive.finish())
+    Ok(archive)
 }
 
-fn write(path: &Path, data: impl AsRef<[u8]>) -> Result<()> {
+/// Writes a file.
+pub fn write(path: &Path, data: impl AsRef<[u8]>) -> Result<()> {
     fs::write(path, data).map_err(|e| format!("cannot write {}: {e}", path.display()))
 }
 
@@ -150,7 +142,7 @@ fn unpack_elf(image: &Path, to: &Path) -> Result<()> {
 pub fn ensure() -> Result<Guest> {
     let dir = paths::lab().join("guest");
     fs::create_dir_all(&dir).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
-    let init = build_init()?;
+    let init = build_init("tern-guest")?;
     let _lock = lab::lock::hold(&paths::lab().join(".lock"))?;
     let kernel = kernel::ensure(Flavour::Cloud)?;
     let guest = Guest {
@@ -159,7 +151,7 @@ pub fn ensure() -> Result<Guest> {
         initramfs: dir.join("initramfs.cpio.gz"),
     };
     let plain = dir.join("initramfs.cpio");
-    let bytes = archive(&init, &kernel)?;
+    let bytes = archive(&init, &kernel, MODULES)?.finish();
     let stamp = format!("{} {:016x}", kernel.version, fingerprint(&bytes));
     let stamp_file = dir.join("stamp");
     if guest.elf.exists() && fs::read_to_string(&stamp_file).is_ok_and(|s| s == stamp) {

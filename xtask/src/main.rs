@@ -10,6 +10,7 @@ mod guest;
 mod host;
 mod kernel;
 mod lab;
+mod net_guest;
 mod paths;
 mod python;
 mod qemu;

@@ -22,7 +22,7 @@ pub const LAB: &[&str] = &[
 /// What the demo runs beside that.
 pub const DEMO: &[&str] = &["iputils-ping"];
 /// What the tests use as independent peers beside that.
-pub const TEST: &[&str] = &["iputils-ping", "iperf3", "python3-venv", "dpdk-dev"];
+pub const TEST: &[&str] = &["iputils-ping", "iperf3", "ethtool", "python3-venv", "dpdk-dev"];
 
 /// Package lists older than this are fetched again before anything is installed.
 const LISTS_ARE_STALE: Duration = Duration::from_secs(24 * 3600);

@@ -8,11 +8,16 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::guest::Guest;
 use crate::host::{self, Host};
-use crate::{Result, guest, paths, python, setup};
+use crate::{Result, guest, net_guest, paths, python, setup};
 
 /// The end-to-end tests together.
 const LIMIT: Duration = Duration::from_secs(25 * 60);
+/// Those of the switch.
+const SWITCH_LIMIT: Duration = Duration::from_secs(15 * 60);
+/// How the names of their programs begin: they run on this host, on QEMU's software CPU.
+const SWITCH: &str = "switch_";
 
 /// `cargo xtask test`'s arguments.
 #[derive(clap::Args)]
@@ -20,6 +25,9 @@ pub struct TestArgs {
     /// Only the end-to-end tests
     #[arg(long, conflicts_with = "no_e2e")]
     e2e: bool,
+    /// Of those, only the switch's, which need no KVM
+    #[arg(long, conflicts_with_all = ["no_e2e", "lab", "vmm"])]
+    switch: bool,
     /// All but the end-to-end tests
     #[arg(long)]
     no_e2e: bool,
@@ -80,8 +88,37 @@ fn programs() -> Result<Vec<PathBuf>> {
 fn e2e(args: &TestArgs) -> Result<u8> {
     let bins = host::build_release(&["tern"], &["tern"])?;
     let guest = guest::ensure()?;
-    let programs = programs()?;
     let tern = bins.join("tern");
+    let (switch, programs): (Vec<_>, Vec<_>) =
+        programs()?.into_iter().partition(|p| test_name(p).starts_with(SWITCH));
+    // Another VMM has no switch to be judged.
+    let switch_code =
+        if args.vmm.is_none() { run_switch(args, &switch, &tern, &guest)? } else { 0 };
+    if args.switch {
+        return Ok(switch_code);
+    }
+    Ok(switch_code.max(run_guests(args, programs, tern, &guest)?))
+}
+
+/// Runs the switch's tests.
+fn run_switch(args: &TestArgs, programs: &[PathBuf], tern: &Path, guest: &Guest) -> Result<u8> {
+    println!("The switch's guests run on this host, on QEMU's software CPU.");
+    let initrd = net_guest::ensure()?;
+    let text = |p: &Path| p.to_string_lossy().into_owned();
+    let env = [
+        ("TERN_E2E", "1".to_owned()),
+        ("TERN_SWITCH", text(tern)),
+        ("TERN_GUEST_KERNEL", text(&guest.kernel)),
+        ("TERN_NET_INITRD", text(&initrd)),
+        ("TERN_E2E_LOGS", text(&paths::target().join("e2e-logs"))),
+        ("FILTER", args.filter.join(" ")),
+    ]
+    .map(|(k, v)| (k.to_owned(), v));
+    run_programs(Host::Native, programs, &env, SWITCH_LIMIT).map(|(code, _)| code)
+}
+
+/// Runs the tests of the VMM, where there is a KVM for their guests.
+fn run_guests(args: &TestArgs, programs: Vec<PathBuf>, tern: PathBuf, guest: &Guest) -> Result<u8> {
     let host = if args.lab { Host::Lab } else { Host::choose(&tern) };
     let vmm = args.vmm.clone().unwrap_or(tern);
     let vmm = std::path::absolute(&vmm).map_err(|e| format!("{}: {e}", vmm.display()))?;
@@ -101,7 +138,7 @@ fn e2e(args: &TestArgs) -> Result<u8> {
         env.push(("TERN_QMP_PYTHON".into(), text(&python)));
     }
     env.push(("FILTER".into(), args.filter.join(" ")));
-    let first = run_programs(host, &programs, &env);
+    let first = run_programs(host, &programs, &env, LIMIT);
     if host == Host::Native || matches!(first, Ok((0, _))) {
         return first.map(|(code, _)| code);
     }
@@ -119,7 +156,7 @@ fn e2e(args: &TestArgs) -> Result<u8> {
              then (docs/architecture.md, \"The lab\"): these run once more, on a new one. What \
              failed is above."
         );
-        match run_programs(host, &left, &env) {
+        match run_programs(host, &left, &env, LIMIT) {
             Ok((0, _)) => {
                 println!("xtask: {run} run on the lab host: {names} passed");
                 return Ok(0);
@@ -143,6 +180,7 @@ fn run_programs(
     host: Host,
     programs: &[PathBuf],
     env: &[(String, String)],
+    limit: Duration,
 ) -> Result<(u8, Vec<PathBuf>)> {
     let passed = paths::target().join("e2e-logs").join("passed");
     let _ = fs::create_dir_all(passed.parent().unwrap_or(&passed));
@@ -154,7 +192,7 @@ fn run_programs(
     argv.extend(programs.iter().map(OsString::from));
     let mut env = env.to_vec();
     env.push(("PASSED".into(), passed.to_string_lossy().into_owned()));
-    let code = host.run(&argv, &env, LIMIT)?;
+    let code = host.run(&argv, &env, limit)?;
     let passed = fs::read_to_string(&passed).unwrap_or_default();
     let left = programs.iter().filter(|p| !passed.lines().any(|l| Path::new(l) == p.as_path()));
     Ok((code, left.cloned().collect()))
@@ -163,7 +201,7 @@ fn run_programs(
 /// Runs the tests; the exit status.
 pub fn run(args: &TestArgs) -> Result<u8> {
     setup::ensure(&[setup::LAB, setup::TEST].concat())?;
-    if !args.e2e {
+    if !args.e2e && !args.switch {
         workspace()?;
     }
     if args.no_e2e {

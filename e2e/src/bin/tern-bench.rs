@@ -109,6 +109,7 @@ impl Bench<'_> {
         Config {
             program: vmm.program.clone(),
             name: format!("{}-{}", vmm.name, self.started),
+            kvm: true,
             memory_mib: self.args.memory,
             cpus: self.args.cpus,
             kernel: self.args.kernel.clone().unwrap_or_default(),

@@ -101,6 +101,7 @@ impl Demo<'_> {
         let config = Config {
             program: args.vmm.clone(),
             name: format!("vmm{}", self.started),
+            kvm: true,
             memory_mib: args.memory,
             cpus: 1,
             kernel: args.kernel.clone(),

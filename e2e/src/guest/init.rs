@@ -64,9 +64,9 @@ fn load_modules() -> io::Result<()> {
     Ok(())
 }
 
-/// The serial line, without echo.
-fn serial() -> io::Result<File> {
-    let tty = OpenOptions::new().read(true).write(true).open("/dev/ttyS0")?;
+/// A serial line, without echo.
+pub fn serial(path: &str) -> io::Result<File> {
+    let tty = OpenOptions::new().read(true).write(true).open(path)?;
     // SAFETY: termios is plain data; both calls get one that outlives them.
     unsafe {
         let mut mode: libc::termios = std::mem::zeroed();
@@ -78,7 +78,8 @@ fn serial() -> io::Result<File> {
     Ok(tty)
 }
 
-fn complain(what: &str, result: io::Result<()>) {
+/// Says on the console that something failed.
+pub fn complain(what: &str, result: io::Result<()>) {
     if let Err(e) = result {
         eprintln!("tern-guest: {what}: {e}");
     }
@@ -107,13 +108,18 @@ fn said(orders: &Orders) -> String {
     format!("TERN-GUEST FACTS {}\n", serde_json::to_string(&facts).unwrap_or_default())
 }
 
-/// Runs the guest; never comes back.
-pub fn main() -> ! {
-    let started = uptime_ms();
+/// Mounts what every guest needs and loads its modules.
+pub fn prepare() {
     for (kind, at) in [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys")] {
         complain(at, mount(kind, at));
     }
     complain("modules", load_modules());
+}
+
+/// Runs the guest; never comes back.
+pub fn main() -> ! {
+    let started = uptime_ms();
+    prepare();
     let orders = Orders::parse(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
     let memory = Memory::new(
         orders.number("mem", 0),
@@ -143,7 +149,7 @@ pub fn main() -> ! {
             started / 1e3,
             uptime_ms() / 1e3
         );
-    match serial() {
+    match serial("/dev/ttyS0") {
         Ok(mut tty) => {
             complain("serial line", tty.write_all(ready.as_bytes()));
             complain("serial line", control::serve_serial(&work, tty));

@@ -89,7 +89,7 @@ pub fn send(
     while go_on() {
         due += last.elapsed().min(Duration::from_millis(100)).as_secs_f64() * kib as f64 * 1024.0;
         last = Instant::now();
-        while due >= buf.len() as f64 {
+        while due >= buf.len() as f64 && go_on() {
             due -= buf.len() as f64;
             stream.fill(&mut buf);
             to.write_all(&buf)?;
