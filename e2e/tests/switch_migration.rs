@@ -20,7 +20,7 @@ const PARKED_BYTES: u64 = 1400;
 /// KiB a second, each way, of the streams.
 const STREAM: u32 = 512;
 /// Bytes a second of the first pass, and then: too few for an end.
-const FIRST_PASS: u64 = 48 << 20;
+const FIRST_PASS: u64 = 16 << 20;
 const NO_END: u64 = 1 << 20;
 
 const ARP: u16 = 0x0806;
@@ -135,7 +135,7 @@ fn there_and_back(name: &str, more: &str, announcement: u16) {
     let listens = Listens::Switch;
     let ports = ["one", "two", "peer"].map(|p| switch::port(&bed, p, listens, ""));
     let switch = Switch::start(&bed, &ports).unwrap();
-    let card = Card { more: more.to_owned(), ..Card::new("one", listens, 1) };
+    let card = Card { more: more.to_owned(), newest: true, ..Card::new("one", listens, 1) };
     let mut guests = boot(&mut bed, &[card, Card::new("peer", listens, 2)]).unwrap();
     guests.iter_mut().for_each(|g| g.configure().unwrap());
     let [guest, peer] = &mut guests[..] else { unreachable!("two were booted") };

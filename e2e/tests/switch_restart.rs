@@ -138,7 +138,7 @@ fn guests_survive(name: &str, listens: Listens, times: usize) {
     b.serve("iperf3", "iperf3 -s", 5201).unwrap();
     let rate_before = rate(b, a).unwrap();
     let to = b.card.ip();
-    let mut rooms = |switch: &Switch, a: &mut Guest, b: &mut Guest| {
+    let rooms = |switch: &Switch, a: &mut Guest, b: &mut Guest| {
         let receive = [room_to_receive(switch, a, b), room_to_receive(switch, b, a)];
         [receive, [room_to_send(switch, a, &to), room_to_send(switch, b, &a.card.ip())]]
     };

@@ -33,6 +33,13 @@ impl Qemu {
         command
     }
 
+    /// The same as words of a command line.
+    pub fn words(&self) -> Vec<String> {
+        let command = self.command();
+        let words = std::iter::once(command.get_program()).chain(command.get_args());
+        words.map(|w| w.to_string_lossy().into_owned()).collect()
+    }
+
     fn at(root: PathBuf) -> Result<Self> {
         let mut qemu = Self { root, version: String::new() };
         let out = qemu.command().arg("--version").output();

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::guest::Guest;
 use crate::host::{self, Host};
-use crate::{Result, guest, net_guest, paths, python, setup};
+use crate::{Result, guest, net_guest, paths, python, qemu, setup};
 
 /// The end-to-end tests together.
 const LIMIT: Duration = Duration::from_secs(25 * 60);
@@ -114,6 +114,11 @@ fn run_switch(args: &TestArgs, programs: &[PathBuf], tern: &Path, guest: &Guest)
         ("FILTER", args.filter.join(" ")),
     ]
     .map(|(k, v)| (k.to_owned(), v));
+    let mut env = env.to_vec();
+    match qemu::newest() {
+        Ok(newest) => env.push(("TERN_NEWEST_QEMU".into(), newest.words().join("\n"))),
+        Err(e) => println!("{e}: guests migrate under the installed QEMU, which may lose one"),
+    }
     run_programs(Host::Native, programs, &env, SWITCH_LIMIT).map(|(code, _)| code)
 }
 
