@@ -4,11 +4,10 @@
 //! The kernel takes VLAN tags out of what it hands up and says them apart; they are put back here.
 #![allow(unsafe_code)] // sockets, readv, writev
 
-use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-use crate::{Backend, Error, HEADER, Offloads, Result};
+use crate::{Backend, Error, HEADER, Offloads, Result, interface};
 
 // linux/if_packet.h
 const PACKET_ADD_MEMBERSHIP: libc::c_int = 1;
@@ -95,16 +94,11 @@ impl PacketSocket {
         if !(1..=64).contains(&queues) {
             return Err(Error::Option(format!("queues={queues}: must be 1 to 64")));
         }
-        let c_name = CString::new(name).map_err(|e| failed(name, "find it")(e.into()))?;
-        // SAFETY: a C string.
-        let index = unsafe { libc::if_nametoindex(c_name.as_ptr()) };
-        if index == 0 {
-            return Err(failed(name, "find it")(io::Error::last_os_error()));
-        }
-        let mtu = crate::tap::get_mtu(name).unwrap_or(1500);
+        let index = interface::index_of(name).map_err(failed(name, "find it"))?;
+        let mtu = interface::get_mtu(name).unwrap_or(1500);
         let mut all = Vec::new();
         for _ in 0..queues {
-            let fd = open_one(name, index as libc::c_int)?;
+            let fd = open_one(name, index)?;
             if queues > 1 {
                 // One group for each process and interface: other users' are left alone.
                 let group = (std::process::id() ^ index << 8) & 0xffff;
@@ -157,9 +151,9 @@ impl PacketSocket {
     }
 }
 
-fn open_one(name: &str, index: libc::c_int) -> Result<OwnedFd> {
+/// A packet socket that receives nothing yet: it has no protocol.
+fn open_silent(name: &str) -> Result<OwnedFd> {
     let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    // Protocol 0: nothing is received before the socket is bound.
     // SAFETY: only numbers are passed.
     let fd = unsafe { libc::socket(libc::AF_PACKET, kind, 0) };
     if fd < 0 {
@@ -168,7 +162,24 @@ fn open_one(name: &str, index: libc::c_int) -> Result<OwnedFd> {
         ));
     }
     // SAFETY: just opened and nobody else's.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn hear_everything(fd: &OwnedFd, name: &str, index: u32) -> Result<()> {
+    let index = index as libc::c_int;
+    let promiscuous = Membership { index, kind: PACKET_MR_PROMISC, len: 0, address: [0; 8] };
+    set(fd, PACKET_ADD_MEMBERSHIP, &promiscuous).map_err(failed(name, "hear everything"))
+}
+
+/// Makes interface `index` hear everything until the result is closed.
+pub(crate) fn promiscuous(name: &str, index: u32) -> Result<OwnedFd> {
+    let fd = open_silent(name)?;
+    hear_everything(&fd, name, index)?;
+    Ok(fd)
+}
+
+fn open_one(name: &str, index: u32) -> Result<OwnedFd> {
+    let fd = open_silent(name)?;
     let on: libc::c_int = 1;
     // As much as is allowed, where more than that is not.
     if set_at(&fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &RECEIVE_BUFFER).is_err() {
@@ -178,13 +189,12 @@ fn open_one(name: &str, index: libc::c_int) -> Result<OwnedFd> {
     set(&fd, PACKET_VNET_HDR, &on).map_err(failed(name, "get offload headers"))?;
     set(&fd, PACKET_AUXDATA, &on).map_err(failed(name, "get VLAN tags"))?;
     set(&fd, PACKET_IGNORE_OUTGOING, &on).map_err(failed(name, "leave out what leaves"))?;
-    let promiscuous = Membership { index, kind: PACKET_MR_PROMISC, len: 0, address: [0; 8] };
-    set(&fd, PACKET_ADD_MEMBERSHIP, &promiscuous).map_err(failed(name, "hear everything"))?;
+    hear_everything(&fd, name, index)?;
     // SAFETY: all zeroes is a valid sockaddr_ll.
     let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     address.sll_family = libc::AF_PACKET as libc::c_ushort;
     address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
-    address.sll_ifindex = index;
+    address.sll_ifindex = index as libc::c_int;
     let len = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
     // SAFETY: the address is a sockaddr_ll of that length.
     let bound = unsafe { libc::bind(fd.as_raw_fd(), std::ptr::from_ref(&address).cast(), len) };

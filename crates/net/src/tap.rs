@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
+use crate::interface::{control_socket, get_mtu, ifreq, index_of, ioctl, ioctl_mut};
 use crate::{Backend, Error, HEADER, Offloads, Result};
 
 // linux/if_tun.h
@@ -185,6 +186,25 @@ impl Tap {
     }
 }
 
+/// Tells whether a tap is still there, wherever its interface was moved to. The tap stays as long as
+/// this does.
+pub struct TapWatch(File);
+
+impl TapWatch {
+    /// Watches the tap that `tap` is a queue of.
+    ///
+    /// # Errors
+    /// When its descriptor cannot be duplicated.
+    pub fn new(tap: &Tap) -> io::Result<Self> {
+        tap.file.try_clone().map(Self)
+    }
+
+    /// Whether the interface was removed.
+    pub fn is_gone(&self) -> bool {
+        interface_of(&self.0).is_err()
+    }
+}
+
 impl Backend for Tap {
     fn name(&self) -> &str {
         self.ifname()
@@ -237,22 +257,6 @@ impl Backend for Tap {
     }
 }
 
-fn ioctl<T>(fd: &impl AsRawFd, request: libc::c_ulong, arg: &T) -> io::Result<()> {
-    // SAFETY: every caller passes the type that the request reads; none writes.
-    match unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_ref(arg)) } {
-        -1 => Err(io::Error::last_os_error()),
-        _ => Ok(()),
-    }
-}
-
-fn ioctl_mut<T>(fd: &impl AsRawFd, request: libc::c_ulong, arg: &mut T) -> io::Result<()> {
-    // SAFETY: every caller passes the type that the request reads or writes.
-    match unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(arg)) } {
-        -1 => Err(io::Error::last_os_error()),
-        _ => Ok(()),
-    }
-}
-
 fn is_open(fd: RawFd) -> bool {
     // SAFETY: only numbers are passed.
     unsafe { libc::fcntl(fd, libc::F_GETFD) != -1 }
@@ -268,16 +272,6 @@ fn set_nonblocking(file: &File) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// An ifreq with a name that fits (checked by [`check_name`]).
-fn ifreq(name: &str) -> libc::ifreq {
-    // SAFETY: all zeroes is a valid ifreq.
-    let mut ifr: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in ifr.ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
-        *to = from as libc::c_char;
-    }
-    ifr
 }
 
 fn name_of(ifr: &libc::ifreq) -> String {
@@ -378,17 +372,6 @@ fn set_offload(file: &File, o: Offloads) -> io::Result<()> {
     }
 }
 
-/// A socket for interface ioctls.
-fn control_socket() -> io::Result<OwnedFd> {
-    // SAFETY: only numbers are passed.
-    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: just opened and nobody else's.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
 fn setting(name: &str, what: &'static str) -> impl Fn(io::Error) -> Error {
     let name = name.to_owned();
     move |source| Error::Setting { name: name.clone(), what, source }
@@ -416,25 +399,11 @@ fn set_mtu(name: &str, mtu: u16) -> Result<()> {
     ioctl(&socket, libc::SIOCSIFMTU as libc::c_ulong, &ifr).map_err(&err)
 }
 
-pub(crate) fn get_mtu(name: &str) -> io::Result<u16> {
-    let socket = control_socket()?;
-    let mut ifr = ifreq(name);
-    ioctl_mut(&socket, libc::SIOCGIFMTU as libc::c_ulong, &mut ifr)?;
-    // SAFETY: SIOCGIFMTU filled the MTU in.
-    let mtu = unsafe { ifr.ifr_ifru.ifru_mtu };
-    Ok(u16::try_from(mtu).unwrap_or(u16::MAX))
-}
-
 fn add_to_bridge(name: &str, bridge: &str) -> Result<()> {
     check_name(bridge)?;
     let err = setting(name, "add it to its bridge");
     let socket = control_socket().map_err(&err)?;
-    let c_name = std::ffi::CString::new(name).map_err(|e| err(e.into()))?;
-    // SAFETY: a C string.
-    let index = unsafe { libc::if_nametoindex(c_name.as_ptr()) };
-    if index == 0 {
-        return Err(err(io::Error::last_os_error()));
-    }
+    let index = index_of(name).map_err(&err)?;
     let mut ifr = ifreq(bridge);
     ifr.ifr_ifru.ifru_ifindex = index as libc::c_int;
     match ioctl(&socket, SIOCBRADDIF, &ifr) {
