@@ -104,7 +104,7 @@ struct RunArgs {
     /// When poll threads sleep: adaptive, always (never sleep), interrupt (whenever idle)
     #[arg(long, value_name = "MODE", value_parser = ["adaptive", "always", "interrupt"])]
     poll: Option<String>,
-    /// A port: NAME,type=vhost-user|tap|af-packet,key=value,...
+    /// A port: NAME,type=vhost-user|tap|af-packet|af-xdp,key=value,...
     #[arg(long = "port", value_name = "PORT")]
     ports: Vec<String>,
     /// Seconds after which an address is forgotten (300)

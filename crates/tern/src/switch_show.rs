@@ -57,6 +57,19 @@ pub fn ports(v: &Value) -> String {
         ]);
     }
     let mut out = table(&rows);
+    for p in list(&v["ports"]) {
+        let (name, xdp) = (cell(&p["name"]), &p["xdp"]);
+        if !p["down"].is_null() {
+            out.push_str(&format!("{name}: down: {}\n", cell(&p["down"])));
+        }
+        if !xdp.is_null() {
+            let why = match &xdp["why-generic"] {
+                Value::Null => String::new(),
+                why => format!(" ({})", cell(why)),
+            };
+            out.push_str(&format!("{name}: XDP mode {}{why}\n", cell(&xdp["mode"])));
+        }
+    }
     for p in list(&v["ports"]).filter(|p| !p["last-reset"].is_null()) {
         out.push_str(&format!("{}: last reset: {}\n", cell(&p["name"]), cell(&p["last-reset"])));
     }

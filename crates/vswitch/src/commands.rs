@@ -193,7 +193,8 @@ fn mac_text(mac: [u8; 6]) -> String {
 
 fn state(p: &Port) -> &'static str {
     match &p.kind {
-        Kind::Interface => "up",
+        Kind::Interface(i) if i.down.is_some() => "down",
+        Kind::Interface(_) => "up",
         Kind::Vhost(v) => match &v.link {
             Link::Listening => "listening",
             Link::Connecting { .. } => "connecting",
@@ -213,13 +214,21 @@ fn port_value(p: &Port) -> Value {
     v["resets"] = json!(p.resets);
     v["last-reset"] = json!(p.last_reset);
     v["captures"] = json!(p.captures.iter().map(|c| &c.path).collect::<Vec<_>>());
-    if let Kind::Vhost(port) = &p.kind
-        && let Some(d) = port.device()
-    {
-        let (rx, tx) = d.running();
-        v["rings"] = json!({ "receive": rx, "transmit": tx, "packed": d.packed() });
-        v["features"] = json!(format!("{:#x}", d.negotiated));
-        v["peer-mtu"] = json!(d.peer_mtu);
+    match &p.kind {
+        Kind::Vhost(port) => {
+            if let Some(d) = port.device() {
+                let (rx, tx) = d.running();
+                v["rings"] = json!({ "receive": rx, "transmit": tx, "packed": d.packed() });
+                v["features"] = json!(format!("{:#x}", d.negotiated));
+                v["peer-mtu"] = json!(d.peer_mtu);
+            }
+        }
+        Kind::Interface(i) => {
+            v["down"] = json!(i.down);
+            if let Some(x) = &i.xdp {
+                v["xdp"] = json!({ "mode": x.mode, "why-generic": x.why_generic, "mtu": x.mtu });
+            }
+        }
     }
     v
 }

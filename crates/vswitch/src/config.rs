@@ -5,6 +5,7 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
+use net::XdpMode;
 use serde::{Deserialize, Serialize};
 
 use crate::shared::PollMode;
@@ -23,6 +24,7 @@ pub enum PortType {
     VhostUser,
     Tap,
     AfPacket,
+    AfXdp,
 }
 
 impl PortType {
@@ -32,6 +34,7 @@ impl PortType {
             Self::VhostUser => "vhost-user",
             Self::Tap => "tap",
             Self::AfPacket => "af-packet",
+            Self::AfXdp => "af-xdp",
         }
     }
 }
@@ -66,6 +69,9 @@ pub struct PortSpec {
     /// Interface of other ports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ifname: Option<String>,
+    /// How an af-xdp port uses its interface.
+    #[serde(default, rename = "xdp-mode", skip_serializing_if = "Option::is_none")]
+    pub xdp_mode: Option<XdpMode>,
     /// Queues (pairs of rings), 1 to [`MAX_QUEUES`].
     #[serde(default = "one")]
     pub queues: u16,
@@ -111,8 +117,10 @@ pub struct Config {
     pub port: Vec<PortSpec>,
 }
 
-const PORT_KEYS: &[&str] =
-    &["name", "type", "path", "mode", "ifname", "queues", "vlan", "trunk", "mtu", "rate", "storm"];
+const PORT_KEYS: &[&str] = &[
+    "name", "type", "path", "mode", "ifname", "xdp-mode", "queues", "vlan", "trunk", "mtu", "rate",
+    "storm",
+];
 const CONFIG_KEYS: &[&str] = &["cpus", "control", "poll", "ageing", "macs", "metrics", "port"];
 
 /// The known word nearest to `word`, if one is near.
@@ -182,7 +190,8 @@ fn word<T: for<'a> Deserialize<'a>>(
     })
 }
 
-const TYPES: &[&str] = &["vhost-user", "tap", "af-packet"];
+const TYPES: &[&str] = &["vhost-user", "tap", "af-packet", "af-xdp"];
+const XDP_MODES: &[&str] = &["best-effort", "native-with-zerocopy", "native", "generic"];
 
 impl PortSpec {
     /// Parses `NAME,type=...,key=value,...`.
@@ -209,6 +218,7 @@ impl PortSpec {
             path: None,
             mode: None,
             ifname: None,
+            xdp_mode: None,
             queues: 1,
             vlan: None,
             trunk: Vec::new(),
@@ -226,6 +236,7 @@ impl PortSpec {
                 "path" => spec.path = Some(value.into()),
                 "mode" => spec.mode = Some(word(&place, key, value, &["client", "server"])?),
                 "ifname" => spec.ifname = Some(value.into()),
+                "xdp-mode" => spec.xdp_mode = Some(word(&place, key, value, XDP_MODES)?),
                 "queues" => spec.queues = number(&place, key, value)?,
                 _ => spec.set(&place, key, value)?,
             }
@@ -270,7 +281,20 @@ impl PortSpec {
     /// # Errors
     /// A sentence that names the port and the key.
     pub fn check(&self) -> Result<()> {
-        let Self { name, kind, path, mode, ifname, queues, vlan, trunk, mtu, rate, storm } = self;
+        let Self {
+            name,
+            kind,
+            path,
+            mode,
+            ifname,
+            xdp_mode,
+            queues,
+            vlan,
+            trunk,
+            mtu,
+            rate,
+            storm,
+        } = self;
         let fail = |what: String| Err(Error::Config(format!("port '{name}': {what}")));
         let fine = |c: char| c.is_ascii_alphanumeric() || "-_.:@".contains(c);
         if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(fine) {
@@ -295,6 +319,9 @@ impl PortSpec {
             return useless("path");
         } else if mode.is_some() {
             return useless("mode");
+        }
+        if xdp_mode.is_some() && *kind != PortType::AfXdp {
+            return useless("xdp-mode");
         }
         if !(1..=MAX_QUEUES).contains(queues) {
             return fail(format!("queues={queues}: expected 1 to {MAX_QUEUES}"));
@@ -406,6 +433,8 @@ mod tests {
         assert_eq!((p.mode, p.queues, p.trunk), (Some(Mode::Client), 4, vec![1, 2]));
         let p = PortSpec::parse("up,type=tap,ifname=tap0,rate=100M,storm=2k,vlan=7").unwrap();
         assert_eq!((p.rate, p.storm, p.vlan), (Some(100_000_000), Some(2000), Some(7)));
+        let p = PortSpec::parse("up,type=af-xdp,ifname=e,xdp-mode=native-with-zerocopy").unwrap();
+        assert_eq!((p.kind, p.xdp_mode), (PortType::AfXdp, Some(XdpMode::NativeWithZeroCopy)));
     }
 
     #[test]
@@ -422,6 +451,10 @@ mod tests {
             ("a,type=tap,ifname=t,vlan=x", "vlan=x: expected a whole number"),
             ("a,type=tap,ifname=t,vlan=1,trunk=1", "both the untagged one"),
             ("a,type=tap,ifname=t,ifname=u", "given twice"),
+            ("a,type=af-xdp", "type=af-xdp needs ifname="),
+            ("a,type=af-xdp,ifname=e,xdp-mode=fast", "xdp-mode=fast: expected one of best-effort,"),
+            ("a,type=af-xdp,ifname=e,xdpmode=native", "did you mean 'xdp-mode'?"),
+            ("a,type=tap,ifname=t,xdp-mode=native", "xdp-mode= means nothing for type=tap"),
             ("a b,type=tap,ifname=t", "a name has"),
             ("a,type=tap,ifname=t,rate=fast", "not a rate"),
             ("a,type=tap,nonsense", "expected key=value"),

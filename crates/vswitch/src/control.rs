@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use crate::interface_port::LinkMonitor;
 use crate::port::{Kind, Link, RETRY, listen};
 use crate::switch::Switch;
 use crate::table::PortId;
@@ -33,6 +34,7 @@ const FAULT: u64 = 1;
 const CONTROL: u64 = 2;
 const METRICS: u64 = 3;
 const STOP: u64 = 4;
+const LINKS: u64 = 5;
 const PORT: u64 = 1 << 32;
 const CLIENT: u64 = 2 << 32;
 
@@ -57,6 +59,7 @@ pub struct Server {
     control: UnixListener,
     path: PathBuf,
     metrics: Option<TcpListener>,
+    links: LinkMonitor,
     clients: HashMap<u32, Client>,
     next_client: u32,
     /// What is watched for each port.
@@ -85,6 +88,7 @@ impl Server {
             }
             None => None,
         };
+        let links = LinkMonitor::new().map_err(Error::host("netlink"))?;
         let switch = Switch::start(config).inspect_err(|_| {
             let _ = std::fs::remove_file(control);
         })?;
@@ -93,6 +97,7 @@ impl Server {
             control: listener,
             path: control.to_owned(),
             metrics,
+            links,
             clients: HashMap::new(),
             next_client: 0,
             watched: HashMap::new(),
@@ -102,6 +107,7 @@ impl Server {
         };
         server.watch(server.switch.shared.fault_event.as_raw_fd(), FAULT)?;
         server.watch(server.control.as_raw_fd(), CONTROL)?;
+        server.watch(server.links.as_raw_fd(), LINKS)?;
         if let Some(fd) = server.metrics.as_ref().map(AsRawFd::as_raw_fd) {
             server.watch(fd, METRICS)?;
         }
@@ -170,6 +176,10 @@ impl Server {
                 }
             }
             STOP => self.quit = true,
+            LINKS => {
+                self.links.drain();
+                self.switch.look_for_lost_interfaces();
+            }
             t if t & CLIENT != 0 => self.client(t as u32),
             t if t & PORT != 0 => self.port(t as u32 as PortId),
             _ => {}
@@ -178,6 +188,7 @@ impl Server {
 
     fn tick(&mut self) {
         self.switch.tick();
+        self.switch.reopen();
         let broken = mem::sigbus::broken_count();
         if broken != self.broken {
             self.broken = broken;
@@ -186,7 +197,7 @@ impl Server {
                 .ports()
                 .filter(|p| match &p.kind {
                     Kind::Vhost(v) => matches!(&v.link, Link::Connected(c) if c.is_broken()),
-                    Kind::Interface => false,
+                    Kind::Interface(_) => false,
                 })
                 .map(|p| p.id)
                 .collect();
@@ -276,7 +287,7 @@ impl Server {
             .ports()
             .filter_map(|p| match &p.kind {
                 Kind::Vhost(v) => v.wait_fd().map(|fd| (p.id, fd)),
-                Kind::Interface => None,
+                Kind::Interface(_) => None,
             })
             .collect();
         if wanted == self.watched {

@@ -1,11 +1,11 @@
-//! The virtual switch: a learning layer-2 switch with VLANs over vhost-user, tap and packet-socket
-//! ports. docs/switch.md tells its users what it does.
+//! The virtual switch: a learning layer-2 switch with VLANs over vhost-user, tap, packet-socket and
+//! AF_XDP ports. docs/switch.md tells its users what it does.
 //!
-//! The way of a frame: [`vhost_queue`] or [`tap_queue`] take a [`burst`], [`forward`] decides, and
+//! The way of a frame: [`vhost_queue`], [`tap_queue`] or [`xdp_queue`] take a [`burst`], [`forward`] decides, and
 //! [`output`] sends; [`worker`] is the loop around it. The rest is control.
 //!
 //! - [`shared`]: what poll threads and control share; [`table`]: ports as poll threads see them.
-//! - [`fdb`], [`vlan`], [`limit`], [`segment`], [`capture`], [`counters`]: one subject each.
+//! - [`fdb`], [`vlan`], [`limit`], [`segment`], [`capture`], [`counters`], [`unfinished`]: one subject each.
 //! - [`frame_ring`]: frames between threads.
 
 pub mod burst;
@@ -20,6 +20,7 @@ pub mod fdb;
 pub mod forward;
 pub mod frame_ring;
 pub mod header;
+pub mod interface_port;
 pub mod limit;
 pub mod output;
 pub mod port;
@@ -31,10 +32,12 @@ pub mod sys;
 pub mod table;
 pub mod tap_queue;
 mod threads;
+pub mod unfinished;
 pub mod vhost_port;
 pub mod vhost_queue;
 pub mod vlan;
 pub mod worker;
+pub mod xdp_queue;
 
 pub use config::{Config, PortSpec};
 pub use control::Server;

@@ -12,6 +12,7 @@ use vhost_user::Connection;
 use crate::capture::Capture;
 use crate::config::{Mode, PortSpec};
 use crate::counters::{QueueCounters, Totals};
+use crate::interface_port::InterfacePort;
 use crate::limit::Limiter;
 use crate::table::{PortId, PortView};
 use crate::vhost_port::VhostDevice;
@@ -45,8 +46,7 @@ pub struct VhostPort {
 /// What is behind a port.
 pub enum Kind {
     Vhost(VhostPort),
-    /// Interface; nothing but the poll threads touches it.
-    Interface,
+    Interface(InterfacePort),
 }
 
 /// One port.
@@ -102,7 +102,8 @@ impl Port {
     pub fn view(&self) -> PortView {
         let tx_owners = match &self.kind {
             Kind::Vhost(v) => v.device().map(VhostDevice::tx_owners).unwrap_or_default(),
-            Kind::Interface => {
+            Kind::Interface(i) if i.down.is_some() => Vec::new(),
+            Kind::Interface(_) => {
                 self.threads.iter().enumerate().map(|(i, t)| (*t, i as u16)).collect()
             }
         };
@@ -129,7 +130,7 @@ impl Port {
     pub fn is_connected(&self) -> bool {
         match &self.kind {
             Kind::Vhost(v) => matches!(v.link, Link::Connected(_)),
-            Kind::Interface => true,
+            Kind::Interface(i) => i.down.is_none(),
         }
     }
 

@@ -3,6 +3,7 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use net::af_xdp::Fault;
 use virtio::RingError;
 
 use crate::burst::Burst;
@@ -11,6 +12,16 @@ use crate::output::{self, Context};
 use crate::table::PortId;
 use crate::tap_queue::TapQueue;
 use crate::vhost_queue::{RxRing, TxRing};
+use crate::xdp_queue::XdpQueue;
+
+/// How the other side broke its ring's rules.
+#[derive(Debug, thiserror::Error)]
+pub enum Broken {
+    #[error(transparent)]
+    Virtio(#[from] RingError),
+    #[error(transparent)]
+    Xdp(#[from] Fault),
+}
 
 /// What is behind a queue.
 pub enum Io {
@@ -18,6 +29,8 @@ pub enum Io {
     Vhost { rx: Option<Box<RxRing>>, tx: Option<Box<TxRing>> },
     /// A file descriptor.
     Fd(Box<TapQueue>),
+    /// An AF_XDP socket.
+    Xdp(Box<XdpQueue>),
 }
 
 impl Io {
@@ -28,14 +41,16 @@ impl Io {
             Self::Vhost { tx: Some(tx), .. } => output::send(tx.as_mut(), burst, list, x),
             Self::Vhost { tx: None, .. } => 0,
             Self::Fd(tap) => output::send(tap.as_mut(), burst, list, x),
+            Self::Xdp(xdp) => output::send(xdp.as_mut(), burst, list, x),
         }
     }
 
     /// How the receiver broke its ring's rules, once.
     #[inline]
-    pub fn take_error(&mut self) -> Option<RingError> {
+    pub fn take_error(&mut self) -> Option<Broken> {
         match self {
-            Self::Vhost { tx: Some(tx), .. } => tx.take_error(),
+            Self::Vhost { tx: Some(tx), .. } => tx.take_error().map(Broken::from),
+            Self::Xdp(xdp) => xdp.take_fault().map(Broken::from),
             _ => None,
         }
     }
@@ -62,6 +77,7 @@ impl Queue {
         match &self.io {
             Io::Vhost { rx, .. } => rx.is_some() && !self.rx_broken,
             Io::Fd(_) => self.rx_enabled,
+            Io::Xdp(_) => self.rx_enabled && !self.rx_broken,
         }
     }
 
@@ -69,7 +85,7 @@ impl Queue {
     pub fn transmits(&self) -> bool {
         match &self.io {
             Io::Vhost { tx, .. } => tx.is_some() && self.tx_enabled,
-            Io::Fd(_) => self.tx_enabled,
+            Io::Fd(_) | Io::Xdp(_) => self.tx_enabled,
         }
     }
 
@@ -78,6 +94,7 @@ impl Queue {
         match &self.io {
             Io::Vhost { rx, .. } => rx.as_ref().map(|r| r.kick().as_raw_fd()),
             Io::Fd(tap) => Some(tap.poll_fd()),
+            Io::Xdp(xdp) => Some(xdp.poll_fd()),
         }
     }
 
@@ -86,29 +103,33 @@ impl Queue {
     /// # Errors
     /// The driver broke its ring's rules; what came before that is in `burst`.
     #[inline]
-    pub fn receive(&mut self, burst: &mut Burst) -> Result<(), RingError> {
+    pub fn receive(&mut self, burst: &mut Burst) -> Result<(), Broken> {
         match &mut self.io {
-            Io::Vhost { rx: Some(rx), .. } => rx.receive(burst, &self.counters),
+            Io::Vhost { rx: Some(rx), .. } => Ok(rx.receive(burst, &self.counters)?),
             Io::Vhost { rx: None, .. } => Ok(()),
             Io::Fd(tap) => {
                 tap.receive(burst, &self.counters);
                 Ok(())
             }
+            Io::Xdp(xdp) => Ok(xdp.receive(burst, &self.counters)?),
         }
     }
 
     /// Gives back what the last burst was in.
     #[inline]
     pub fn done(&mut self) {
-        if let Io::Vhost { rx: Some(rx), .. } = &mut self.io {
-            rx.done(&self.counters);
+        match &mut self.io {
+            Io::Vhost { rx: Some(rx), .. } => rx.done(&self.counters),
+            Io::Xdp(xdp) => xdp.done(),
+            _ => {}
         }
     }
 
-    /// Asks to be woken. `true` if frames have come meanwhile.
+    /// Asks to be woken. `true` if there is something to do meanwhile.
     pub fn enable_kicks(&mut self) -> bool {
         match &mut self.io {
             Io::Vhost { rx: Some(rx), .. } => rx.enable_kicks(),
+            Io::Xdp(xdp) => xdp.before_sleep(&self.counters),
             _ => false,
         }
     }

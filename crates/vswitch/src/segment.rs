@@ -8,8 +8,8 @@ use net::Offloads;
 use crate::counters::Drop;
 use crate::header::{DATA_VALID, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, NEEDS_CSUM, VnetHeader};
 
-const IPV4: u16 = 0x0800;
-const IPV6: u16 = 0x86dd;
+pub(crate) const IPV4: u16 = 0x0800;
+pub(crate) const IPV6: u16 = 0x86dd;
 const FIN: u8 = 0x01;
 const PSH: u8 = 0x08;
 const CWR: u8 = 0x80;
@@ -174,7 +174,7 @@ fn pseudo_sum(f: &[u8], l: &Layout) -> u64 {
 }
 
 /// Adds 16-bit words, the last one filled up with a zero.
-fn sum(mut acc: u64, bytes: &[u8]) -> u64 {
+pub(crate) fn sum(mut acc: u64, bytes: &[u8]) -> u64 {
     let mut words = bytes.chunks_exact(4);
     for w in &mut words {
         acc += u64::from(be32(w));
@@ -184,7 +184,8 @@ fn sum(mut acc: u64, bytes: &[u8]) -> u64 {
     acc + u64::from(be32(&rest))
 }
 
-fn fold(mut acc: u64) -> u16 {
+/// The 16-bit one's complement sum that `acc` amounts to.
+pub(crate) fn fold(mut acc: u64) -> u16 {
     while acc >> 16 != 0 {
         acc = (acc & 0xffff) + (acc >> 16);
     }

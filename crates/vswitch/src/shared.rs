@@ -32,11 +32,12 @@ pub enum PollMode {
 pub enum Message {
     /// A new queue.
     Add(Box<Queue>),
-    /// Ends the use of a queue; acknowledged by dropping the sender.
+    /// Ends the use of a queue, which is handed back: closing what is behind it may take a while.
+    /// Nothing is sent where there is none.
     Remove {
         port: PortId,
         index: u16,
-        done: Sender<()>,
+        done: Sender<Queue>,
     },
     /// A ring for a queue that was added.
     StartRx {

@@ -9,16 +9,15 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use crossbeam_channel::bounded;
-use net::Backend;
 use serde::{Deserialize, Serialize};
 
 use crate::capture::Capture;
 use crate::config::{Config, PortSpec, PortType};
+use crate::interface_port::InterfacePort;
 use crate::port::{Kind, Link, Port, VhostPort};
 use crate::queue::{Io, Queue};
 use crate::shared::{Message, Shared};
 use crate::table::{MAX_PORTS, PortId, PortView, Table};
-use crate::tap_queue::TapQueue;
 use crate::vhost_port::VhostDevice;
 use crate::{Error, Result, threads};
 
@@ -138,19 +137,7 @@ impl Switch {
             (0..usize::from(spec.queues)).map(|i| ((usize::from(id) + i) % count) as u16).collect();
         let (kind, ios) = self.open(id, &spec, &threads)?;
         let port = Port::new(id, spec, kind, threads);
-        for (i, io) in ios.into_iter().enumerate() {
-            let on = matches!(io, Io::Fd(_));
-            let queue = Queue {
-                port: id,
-                index: i as u16,
-                io,
-                counters: port.counters[i].clone(),
-                rx_enabled: on,
-                tx_enabled: on,
-                rx_broken: false,
-            };
-            self.shared.mailboxes[usize::from(port.threads[i])].send(Message::Add(Box::new(queue)));
-        }
+        self.add_queues(&port, ios);
         if usize::from(id) == self.ports.len() {
             self.ports.push(None);
         }
@@ -160,34 +147,43 @@ impl Switch {
     }
 
     fn open(&self, id: PortId, spec: &PortSpec, threads: &[u16]) -> Result<(Kind, Vec<Io>)> {
+        if spec.kind == PortType::VhostUser {
+            let device = VhostDevice::new(self.shared.clone(), id, threads.to_vec());
+            let port = VhostPort::new(spec, device)?;
+            let ios = threads.iter().map(|_| Io::Vhost { rx: None, tx: None }).collect();
+            return Ok((Kind::Vhost(port), ios));
+        }
         let failed = |reason: String| Error::Port { port: spec.name.clone(), reason };
-        let ifname = spec.ifname.clone().unwrap_or_default();
-        let backends: Vec<Box<dyn Backend>> = match spec.kind {
-            PortType::VhostUser => {
-                let device = VhostDevice::new(self.shared.clone(), id, threads.to_vec());
-                let port = VhostPort::new(spec, device)?;
-                let ios = threads.iter().map(|_| Io::Vhost { rx: None, tx: None }).collect();
-                return Ok((Kind::Vhost(port), ios));
-            }
-            PortType::Tap => {
-                let options = net::TapOptions {
-                    ifname: Some(ifname),
-                    queues: spec.queues,
-                    mtu: spec.mtu,
-                    ..net::TapOptions::default()
-                };
-                let taps = net::Tap::open(&options).map_err(|e| failed(e.to_string()))?;
-                taps.into_iter().map(|t| Box::new(t) as Box<dyn Backend>).collect()
-            }
-            PortType::AfPacket => {
-                let sockets = net::PacketSocket::open(&ifname, spec.queues);
-                let sockets = sockets.map_err(|e| failed(e.to_string()))?;
-                sockets.into_iter().map(|s| Box::new(s) as Box<dyn Backend>).collect()
-            }
-        };
-        let queue = |b| TapQueue::new(b).map(|t| Io::Fd(Box::new(t)));
-        let ios: std::io::Result<_> = backends.into_iter().map(queue).collect();
-        Ok((Kind::Interface, ios.map_err(|e| failed(e.to_string()))?))
+        let (port, ios) = InterfacePort::open(spec).map_err(failed)?;
+        Ok((Kind::Interface(port), ios))
+    }
+
+    /// Gives poll threads the queues of a port.
+    fn add_queues(&self, port: &Port, ios: Vec<Io>) {
+        for (i, io) in ios.into_iter().enumerate() {
+            let on = !matches!(io, Io::Vhost { .. });
+            let queue = Queue {
+                port: port.id,
+                index: i as u16,
+                io,
+                counters: port.counters[i].clone(),
+                rx_enabled: on,
+                tx_enabled: on,
+                rx_broken: false,
+            };
+            self.shared.mailboxes[usize::from(port.threads[i])].send(Message::Add(Box::new(queue)));
+        }
+    }
+
+    /// Takes a port's queues from the poll threads and closes them here, where it may last. When this
+    /// returns nothing touches what was behind them.
+    fn remove_queues(&self, id: PortId, threads: &[u16]) {
+        for (i, thread) in threads.iter().enumerate() {
+            let (done, gone) = bounded(1);
+            let message = Message::Remove { port: id, index: i as u16, done };
+            self.shared.mailboxes[usize::from(*thread)].send(message);
+            drop(gone.recv());
+        }
     }
 
     /// Removes port `name`. When this returns nothing touches what was behind it.
@@ -211,13 +207,7 @@ impl Switch {
                 let _ = std::fs::remove_file(path);
             }
         }
-        for (i, thread) in port.threads.iter().enumerate() {
-            let (done, gone) = bounded(0);
-            let message = Message::Remove { port: id, index: i as u16, done };
-            self.shared.mailboxes[usize::from(*thread)].send(message);
-            // The answer is that the sender is dropped.
-            let _ = gone.recv();
-        }
+        self.remove_queues(id, &port.threads);
         self.shared.fdb.flush(Some(id));
         for m in self.mirrors.values_mut() {
             m.select.retain(|n| n != name);
@@ -370,17 +360,77 @@ impl Switch {
     /// Says of a port's connection that it is over, and why if somebody broke the rules.
     pub fn disconnect(&mut self, id: PortId, reason: Option<String>) {
         let Some(port) = self.by_id(id) else { return };
-        if let Kind::Vhost(v) = &mut port.kind {
-            if !matches!(v.link, Link::Connected(_)) {
-                return;
+        match &mut port.kind {
+            Kind::Vhost(v) => {
+                if !matches!(v.link, Link::Connected(_)) {
+                    return;
+                }
+                v.detach();
             }
-            v.detach();
+            Kind::Interface(i) => {
+                if i.down.is_some() {
+                    return;
+                }
+                let why = reason.clone().unwrap_or_else(|| "its interface has gone".into());
+                self.take_down(id, why);
+            }
         }
+        let Some(port) = self.by_id(id) else { return };
         match reason {
             Some(reason) => port.note_reset(reason),
             None => tracing::info!("port '{}': the other side has gone", port.spec.name),
         }
         self.publish();
+    }
+
+    /// Closes everything on a port's interface; [`reopen`](Self::reopen) may bring it back.
+    fn take_down(&mut self, id: PortId, why: String) {
+        let Some(port) = self.by_id(id) else { return };
+        let Kind::Interface(i) = &mut port.kind else { return };
+        i.down = Some(why);
+        let (attachment, threads) = (i.xdp.take(), port.threads.clone());
+        // No more frames for it are on their way after the queues are gone.
+        self.publish();
+        self.remove_queues(id, &threads);
+        // The program goes after the sockets that it gives frames to.
+        drop(attachment);
+    }
+
+    /// Takes down the ports whose interfaces have gone.
+    pub fn look_for_lost_interfaces(&mut self) {
+        let gone =
+            |p: &&Port| matches!(&p.kind, Kind::Interface(i) if i.down.is_none() && i.is_gone());
+        let lost: Vec<PortId> = self.ports().filter(gone).map(|p| p.id).collect();
+        lost.into_iter().for_each(|id| self.disconnect(id, None));
+    }
+
+    /// Opens the ports anew whose interfaces have come back.
+    pub fn reopen(&mut self) {
+        let is_down = |p: &Port| matches!(&p.kind, Kind::Interface(i) if i.down.is_some());
+        let is_there = |p: &Port| {
+            let name = p.spec.ifname.as_deref().unwrap_or_default();
+            net::interface::index_of(name).is_ok()
+        };
+        let back = self.ports().filter(|p| is_down(p) && is_there(p));
+        let back: Vec<PortId> = back.map(|p| p.id).collect();
+        for id in back {
+            let Some(port) = self.by_id(id) else { continue };
+            match InterfacePort::open(&port.spec) {
+                Ok((opened, ios)) => {
+                    port.kind = Kind::Interface(opened);
+                    tracing::info!("port '{}': its interface is back", port.spec.name);
+                    if let Some(port) = self.ports.get(usize::from(id)).and_then(Option::as_ref) {
+                        self.add_queues(port, ios);
+                    }
+                    self.publish();
+                }
+                Err(why) => {
+                    if let Kind::Interface(i) = &mut port.kind {
+                        i.down = Some(why);
+                    }
+                }
+            }
+        }
     }
 }
 

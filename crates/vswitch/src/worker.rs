@@ -211,9 +211,11 @@ impl Worker {
             Message::Remove { port, index, done } => {
                 if let Some((place, _)) = self.find(port, index) {
                     self.unwatch(place);
-                    self.forward.queues[place] = None;
+                    if let Some(queue) = self.forward.queues[place].take() {
+                        // Nobody waits any more: it ends here.
+                        let _ = done.send(queue);
+                    }
                 }
-                drop(done);
             }
             Message::StartRx { port, index, ring } => {
                 if let Some((place, q)) = self.find(port, index)

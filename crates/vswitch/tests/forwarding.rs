@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use common::*;
 use vswitch::counters::Drop as Why;
-use vswitch::header::{GSO_NONE, GSO_TCPV4, NEEDS_CSUM, VnetHeader};
+use vswitch::header::{GSO_NONE, NEEDS_CSUM, VnetHeader};
 use vswitch::shared::PollMode;
 
 fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
@@ -176,26 +176,6 @@ fn mirrors_and_captures_see_both_ways() {
     assert_eq!(bytes.len(), 24 + 16 + 100 + 16 + 200);
     assert_eq!(bytes[24 + 16..24 + 116], frame(1, 0, 100, 1));
     assert_eq!(bytes[24 + 116 + 16..], frame(0, 1, 200, 2));
-}
-
-fn tcp(payload: usize) -> (VnetHeader, Vec<u8>) {
-    let mut f = frame(1, 0, 14, 0);
-    f[12..14].copy_from_slice(&[8, 0]);
-    f.extend([0x45, 0]);
-    f.extend(((payload + 40) as u16).to_be_bytes());
-    f.extend([0, 1, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
-    f.extend([0, 80, 1, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0]);
-    f.extend((0..payload).map(|i| i as u8));
-    let h = VnetHeader {
-        flags: NEEDS_CSUM,
-        gso_type: GSO_TCPV4,
-        hdr_len: 54,
-        gso_size: 1448,
-        csum_start: 34,
-        csum_offset: 16,
-        num_buffers: 0,
-    };
-    (h, f)
 }
 
 #[test]

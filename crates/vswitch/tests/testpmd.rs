@@ -3,80 +3,20 @@
 //!
 //! Needs Debian's `dpdk-dev` (dpdk-testpmd); without it the tests say so and pass.
 
+#[path = "common/server.rs"]
+mod server;
+
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
-use vswitch::{Config, PortSpec, Server};
+use server::Switch;
 
 const FRAMES: usize = 200;
 /// What one run may take on a busy machine.
 const LIMIT: Duration = Duration::from_secs(120);
-
-fn testpmd_is_there() -> bool {
-    let there = Command::new("dpdk-testpmd")
-        .arg("--version")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .is_ok();
-    if !there {
-        eprintln!("skipped: dpdk-testpmd is not installed (Debian package dpdk-dev)");
-    }
-    there
-}
-
-/// A switch on a thread of this process.
-struct Switch {
-    control: PathBuf,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Switch {
-    fn start(dir: &Path, ports: &[String]) -> Self {
-        let control = dir.join("control");
-        let port = ports.iter().map(|p| PortSpec::parse(p).unwrap()).collect();
-        let mut server = Server::new(&Config { port, ..Config::default() }, &control).unwrap();
-        let thread = Some(std::thread::spawn(move || server.run()));
-        Self { control, thread }
-    }
-
-    fn ask(&self, command: &str) -> Value {
-        use std::io::{BufRead, BufReader};
-        let mut s = std::os::unix::net::UnixStream::connect(&self.control).unwrap();
-        writeln!(s, "{}", json!({ "command": command })).unwrap();
-        let mut line = String::new();
-        BufReader::new(s).read_line(&mut line).unwrap();
-        serde_json::from_str::<Value>(&line).unwrap()["return"].take()
-    }
-
-    /// Whether both ports have `queues` queues that take frames and give some.
-    fn has_rings(&self, queues: usize) -> bool {
-        let shown = self.ask("show");
-        let enough = |v: &Value| v.as_u64().is_some_and(|n| n as usize >= queues);
-        let ports = shown["ports"].as_array().unwrap();
-        ports.iter().all(|p| enough(&p["rings"]["receive"]) && enough(&p["rings"]["transmit"]))
-    }
-
-    /// Frames that port `i` was sent.
-    fn sent_to(&self, i: usize) -> usize {
-        self.ask("stats")["ports"][i]["tx-frames"].as_u64().unwrap() as usize
-    }
-}
-
-impl Drop for Switch {
-    fn drop(&mut self) {
-        self.ask("quit");
-        let ended = self.thread.take().map(JoinHandle::join);
-        if !std::thread::panicking() {
-            ended.unwrap().unwrap();
-        }
-    }
-}
 
 struct Killed(Child);
 
@@ -239,7 +179,7 @@ fn written(log: &str) -> Option<usize> {
 }
 
 fn matrix(packed: bool, mergeable: bool) {
-    if !testpmd_is_there() {
+    if !server::has_program("testpmd", "dpdk-testpmd", "dpdk-dev") {
         return;
     }
     // Both sides poll: two runs at a time would wait for each other's processors.

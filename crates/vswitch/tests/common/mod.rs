@@ -13,8 +13,10 @@ use virtio::features::{
 };
 use virtio::testing::{CountingInterrupt, DriverRing, ram};
 use vmm_sys_util::eventfd::EventFd;
+use vswitch::PortSpec;
 use vswitch::counters::QueueCounters;
-use vswitch::header::{HEADER_LEN, VnetHeader};
+use vswitch::header::{GSO_TCPV4, HEADER_LEN, NEEDS_CSUM, VnetHeader};
+use vswitch::interface_port::InterfacePort;
 use vswitch::queue::{Io, Queue};
 use vswitch::shared::{Message, PollMode, Shared};
 use vswitch::table::{PortId, PortView, Table};
@@ -181,6 +183,13 @@ impl PortOptions {
     }
 }
 
+/// What is known of a port on an interface.
+pub struct Interface {
+    pub counters: Arc<QueueCounters>,
+    /// Its interface stays attached as long as this lives.
+    pub kept: InterfacePort,
+}
+
 /// Poll threads with ports.
 pub struct Net {
     pub shared: Arc<Shared>,
@@ -201,6 +210,35 @@ impl Net {
         let guests = ports.into_iter().map(|o| net.add(o)).collect();
         net.publish();
         (net, guests)
+    }
+
+    /// Adds a port on an interface of the host, as `NAME,type=...`; one queue of it, on thread 0.
+    pub fn add_interface(&mut self, spec: &str) -> Interface {
+        let port = self.views.len() as PortId;
+        let spec = PortSpec::parse(spec).unwrap();
+        let (kept, mut ios) = InterfacePort::open(&spec).unwrap();
+        assert_eq!(ios.len(), 1);
+        let counters: Arc<QueueCounters> = Arc::default();
+        let queue = Queue {
+            port,
+            index: 0,
+            io: ios.remove(0),
+            counters: counters.clone(),
+            rx_enabled: true,
+            tx_enabled: true,
+            rx_broken: false,
+        };
+        self.shared.mailboxes[0].send(Message::Add(Box::new(queue)));
+        let vlans = spec.vlans();
+        let tx_owners = vec![(0, 0)];
+        self.views.push(PortView {
+            max_frame: u32::MAX - 4,
+            vlans,
+            tx_owners,
+            ..PortView::default()
+        });
+        self.publish();
+        Interface { counters, kept }
     }
 
     fn add(&mut self, o: PortOptions) -> Guest {
@@ -232,7 +270,7 @@ impl Net {
         let ports = self.views.iter().map(|v| Some(Arc::new(v.clone().finished()))).collect();
         self.shared.publish(Table { ports, ageing: 300 });
         for m in &self.shared.mailboxes {
-            let (done, gone) = crossbeam_channel::bounded(0);
+            let (done, gone) = crossbeam_channel::bounded(1);
             m.send(Message::Remove { port: 9999, index: 0, done });
             let _ = gone.recv();
         }
@@ -268,4 +306,25 @@ pub fn tagged(dst: u8, src: u8, tci: u16, len: usize, number: usize) -> Vec<u8> 
     let tag: Vec<u8> = [0x81, 0].into_iter().chain(tci.to_be_bytes()).collect();
     f.splice(12..12, tag);
     f
+}
+
+/// A TCP segment from address 0 to 1, that leaves its checksum, and cutting, to others.
+pub fn tcp(payload: usize) -> (VnetHeader, Vec<u8>) {
+    let mut f = frame(1, 0, 14, 0);
+    f[12..14].copy_from_slice(&[8, 0]);
+    f.extend([0x45, 0]);
+    f.extend(((payload + 40) as u16).to_be_bytes());
+    f.extend([0, 1, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+    f.extend([0, 80, 1, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0]);
+    f.extend((0..payload).map(|i| i as u8));
+    let h = VnetHeader {
+        flags: NEEDS_CSUM,
+        gso_type: GSO_TCPV4,
+        hdr_len: 54,
+        gso_size: 1448,
+        csum_start: 34,
+        csum_offset: 16,
+        num_buffers: 0,
+    };
+    (h, f)
 }
