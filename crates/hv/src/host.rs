@@ -56,7 +56,16 @@ impl Check {
 /// All checks, in the order to be shown.
 pub fn checks() -> Vec<Check> {
     let mut out = kvm(Path::new(DEFAULT_PATH));
-    out.extend([tun(), vhost_net(), huge_pages(), userfaultfd(), io_uring(), iommu(), vfio()]);
+    out.extend([
+        tun(),
+        vhost_net(),
+        af_xdp(),
+        huge_pages(),
+        userfaultfd(),
+        io_uring(),
+        iommu(),
+        vfio(),
+    ]);
     out
 }
 
@@ -205,6 +214,15 @@ fn tun() -> Check {
 fn vhost_net() -> Check {
     let advice = "faster tap networking in the kernel: modprobe vhost_net";
     Check::new("vhost-net", "in-kernel virtio-net", Status::Warn, device("/dev/vhost-net"), advice)
+}
+
+fn af_xdp() -> Check {
+    // SAFETY: only numbers are passed.
+    let ret = unsafe { libc::socket(libc::AF_XDP, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+    let result = fd(ret.into()).map(|_| "yes".to_owned()).map_err(|e| e.to_string());
+    let advice = "only af-xdp ports of tern switch need it: a kernel with CONFIG_XDP_SOCKETS, and \
+                  root's rights";
+    Check::new("af-xdp", "AF_XDP sockets", Status::Warn, result, advice)
 }
 
 fn number(path: &Path) -> u64 {
