@@ -8,6 +8,7 @@
 pub mod bench;
 mod error;
 pub mod failure;
+pub mod frames;
 pub mod guest;
 pub mod link;
 pub mod loss;

@@ -9,6 +9,7 @@ pub mod load;
 pub mod migrate;
 pub mod picture;
 pub mod qmp;
+pub mod switch;
 
 use std::path::PathBuf;
 
@@ -27,6 +28,8 @@ pub enum Bench {
     Boot(boot::BootArgs),
     /// Memory that the VMM takes beyond the guest's
     Footprint(footprint::FootprintArgs),
+    /// How fast the switch is per core: Tern, Open vSwitch-DPDK, testpmd as the load
+    Switch(switch::SwitchArgs),
 }
 
 /// Runs a benchmark; its exit status.
@@ -36,6 +39,7 @@ pub fn run(bench: Bench) -> Result<u8> {
         Bench::Blackout(args) => blackout::run(&args),
         Bench::Boot(args) => boot::run(&args),
         Bench::Footprint(args) => footprint::run(&args),
+        Bench::Switch(args) => switch::run(&args),
     }
 }
 

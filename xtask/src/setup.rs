@@ -21,6 +21,8 @@ pub const LAB: &[&str] = &[
 ];
 /// What the demo runs beside that.
 pub const DEMO: &[&str] = &["iputils-ping"];
+/// The switch's peer and its load, for `bench switch`.
+pub const SWITCH: &[&str] = &["openvswitch-switch-dpdk", "dpdk", "dpdk-dev"];
 /// What the tests use as independent peers beside that.
 pub const TEST: &[&str] = &["iputils-ping", "iperf3", "ethtool", "python3-venv", "dpdk-dev"];
 

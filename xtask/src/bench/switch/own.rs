@@ -1,0 +1,207 @@
+//! Rows whose load is `tern-frames`: latency, idle ports, many ports and addresses.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::contestant::{Contestant, Running, Wanted};
+use super::stage::Stage;
+use super::{Setting, list};
+use crate::Result;
+use crate::bench::guests::verdict;
+use crate::bench::load::{self, Process};
+use crate::bench::median;
+
+/// How a row is measured.
+type Measure = fn(&Setting, &Stage) -> Result<Value>;
+
+/// The rows, by name.
+pub const ROWS: [(&str, Measure); 3] = [("latency", latency), ("idle", idle), ("scale", scale)];
+
+/// Frames a second at which latency is measured: about a tenth of what one core forwards.
+const TENTH: u32 = 600_000;
+/// Seconds without a frame.
+const QUIET: u32 = 6;
+
+/// A switch and `tern-frames` at its ports.
+struct Pair {
+    switch: Running,
+    frames: Process,
+    output: BufReader<std::process::ChildStdout>,
+}
+
+impl Pair {
+    fn start(
+        setting: &Setting,
+        stage: &Stage,
+        who: Contestant,
+        (ports, macs): (usize, usize),
+        what: &[&str],
+    ) -> Result<Self> {
+        load::wait_quiet(setting.patience);
+        let sockets: Vec<PathBuf> = (0..ports).map(|i| stage.path(&format!("p{i}.sock"))).collect();
+        for socket in &sockets {
+            let _ = std::fs::remove_file(socket);
+        }
+        let tern = &setting.tern;
+        let wanted = Wanted { tern, sockets: &sockets, queues: 1, cpus: &[1], macs };
+        let switch = Running::start(who, stage, &wanted)?;
+        let mut command = stage.command("taskset", "frames.log")?;
+        command.args(["-c", "0"]).arg(&setting.frames).args(what).stdout(Stdio::piped());
+        for socket in &sockets {
+            command.arg("--socket").arg(socket);
+        }
+        let mut frames = Process::start(&mut command)?;
+        let output = frames.0.stdout.take().ok_or("tern-frames has no output")?;
+        Ok(Self { switch, frames, output: BufReader::new(output) })
+    }
+
+    /// What it measured, when it ends.
+    fn report(mut self, stage: &Stage) -> Result<Value> {
+        let mut text = String::new();
+        let read = self.output.read_to_string(&mut text);
+        let ended = self.frames.0.wait();
+        let well = read.is_ok() && ended.is_ok_and(|s| s.success());
+        let report = text.lines().last().and_then(|l| serde_json::from_str(l).ok());
+        let report: Option<Value> = report.filter(|_| well);
+        self.switch.check()?;
+        report.ok_or_else(|| format!("tern-frames: {}", stage.log("frames.log")))
+    }
+}
+
+fn numbers(reports: &[Value], key: &str) -> Vec<f64> {
+    reports.iter().map(|r| r[key].as_f64().unwrap_or(f64::NAN)).collect()
+}
+
+fn latency(setting: &Setting, stage: &Stage) -> Result<Value> {
+    let all =
+        [Contestant::Tern, Contestant::TernAdaptive, Contestant::OvsRule, Contestant::OvsNormal];
+    let mut reports: Vec<Vec<Value>> = vec![Vec::new(); all.len()];
+    let rate = TENTH.to_string();
+    for run in 0..setting.runs {
+        for k in 0..all.len() {
+            let i = if run % 2 == 1 { all.len() - 1 - k } else { k };
+            let what = ["latency", "--rate", &rate];
+            let pair = Pair::start(setting, stage, all[i], (2, 8192), &what)?;
+            reports[i].push(pair.report(stage)?);
+        }
+    }
+    println!(
+        "\nlatency at {TENTH} frames of 64 bytes a second, ns: median, p99, worst of all runs"
+    );
+    let mut rows = Vec::new();
+    for (who, reports) in all.iter().zip(&reports) {
+        let (medians, p99) = (numbers(reports, "median_ns"), numbers(reports, "p99_ns"));
+        let worst = numbers(reports, "worst_ns").into_iter().fold(0.0, f64::max);
+        let lost: f64 = numbers(reports, "lost").iter().sum();
+        println!(
+            "  {:<26} {:>8.0} {:>8.0} {worst:>10.0}   lost {lost}",
+            who.title(),
+            median(&medians),
+            median(&p99)
+        );
+        rows.push(json!({
+            "who": who.name(), "median_ns": median(&medians), "p99_ns": median(&p99), "worst_ns": worst,
+            "lost": lost, "runs": reports,
+        }));
+    }
+    let of = |i: usize, key: &str| rows[i][key].as_f64().unwrap_or(f64::NAN);
+    let met = |i| of(i, "median_ns") <= of(2, "median_ns") && of(i, "p99_ns") <= of(2, "p99_ns");
+    println!(
+        "  not worse than OVS with one rule a port: --poll always {}, --poll adaptive {}",
+        verdict(met(0)),
+        verdict(met(1))
+    );
+    Ok(rows.into())
+}
+
+fn idle(setting: &Setting, stage: &Stage) -> Result<Value> {
+    const PORTS: usize = 8;
+    let mut rows = Vec::new();
+    println!();
+    for who in [Contestant::TernAdaptive, Contestant::OvsRule] {
+        let seconds = QUIET.to_string();
+        let what = ["idle", "--seconds", &seconds];
+        let mut pair = Pair::start(setting, stage, who, (PORTS, 8192), &what)?;
+        let mut line = String::new();
+        let read = pair.output.read_line(&mut line);
+        if read.is_err() || line.trim() != "connected" {
+            return Err(format!("tern-frames: {}", stage.log("frames.log")));
+        }
+        std::thread::sleep(Duration::from_secs(1));
+        let (before, start) = (pair.switch.used(), Instant::now());
+        std::thread::sleep(Duration::from_secs(u64::from(QUIET) - 2));
+        let cpu = (pair.switch.used() - before) / start.elapsed().as_secs_f64();
+        let report = pair.report(stage)?;
+        let empty = Vec::new();
+        let singles: Vec<f64> = report["single_ns"]
+            .as_array()
+            .unwrap_or(&empty)
+            .iter()
+            .filter_map(|v| v.as_f64().map(|ns| ns / 1e3))
+            .collect();
+        let ramps = report["ramps"].as_array().unwrap_or(&empty);
+        let (sent, lost) = (numbers(ramps, "sent"), numbers(ramps, "lost"));
+        let worst = singles.iter().copied().fold(0.0, f64::max);
+        let (sent, lost) = (sent.iter().sum::<f64>(), lost.iter().sum::<f64>());
+        println!(
+            "idle, {PORTS} ports, {}: {:.1} % of a core; first frame after idle {:.1} µs, worst \
+             {worst:.1} of {}; idle to full {} times: {lost} of {sent} frames lost",
+            who.title(),
+            100.0 * cpu,
+            median(&singles),
+            singles.len(),
+            ramps.len()
+        );
+        if who.is_ours() {
+            println!(
+                "  under 2 % of a core: {}; first frame under 100 µs: {} (worst: {}); none lost: {}",
+                verdict(cpu < 0.02),
+                verdict(median(&singles) < 100.0),
+                verdict(worst < 100.0),
+                verdict(lost == 0.0)
+            );
+        }
+        rows.push(json!({
+            "who": who.name(), "ports": PORTS, "cpu_of_a_core": cpu, "first_frame_us": median(&singles),
+            "first_frame_worst_us": worst, "sent": sent, "lost": lost, "report": report,
+        }));
+    }
+    Ok(rows.into())
+}
+
+fn scale(setting: &Setting, stage: &Stage) -> Result<Value> {
+    const LAYOUTS: [(usize, usize); 6] =
+        [(2, 2), (8, 8), (64, 64), (256, 256), (2, 1000), (2, 100_000)];
+    let mut rates: Vec<Vec<f64>> = vec![Vec::new(); LAYOUTS.len()];
+    for run in 0..setting.runs {
+        for k in 0..LAYOUTS.len() {
+            let i = if run % 2 == 1 { LAYOUTS.len() - 1 - k } else { k };
+            let (ports, macs) = LAYOUTS[i];
+            let count = macs.to_string();
+            let what = ["flood", "--macs", &count];
+            let room = (ports, macs.max(8192));
+            let report = Pair::start(setting, stage, Contestant::Tern, room, &what)?;
+            rates[i].push(report.report(stage)?["mpps"].as_f64().unwrap_or(f64::NAN));
+        }
+    }
+    println!(
+        "\nTern, ports in pairs, 64 bytes; cost of a frame beside two ports with one address each"
+    );
+    let base = median(&rates[0]);
+    let mut rows = Vec::new();
+    for ((ports, macs), rates) in LAYOUTS.iter().zip(&rates) {
+        let cost = base / median(rates);
+        println!(
+            "  {ports:>4} ports {macs:>7} addresses: {:>6.2} Mpps, {cost:.2} times: {}   {}",
+            median(rates),
+            verdict(cost <= 1.3),
+            list(rates)
+        );
+        rows.push(json!({ "ports": ports, "macs": macs, "mpps": rates, "cost": cost }));
+    }
+    Ok(rows.into())
+}

@@ -1,0 +1,159 @@
+//! Frames a second, with testpmd as the load: every contestant in every run, in an order that
+//! alternates.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::contestant::{Contestant, Running, Wanted};
+use super::stage::Stage;
+use super::testpmd::{Frames, Testpmd};
+use super::{Setting, list};
+use crate::Result;
+use crate::bench::{load, median};
+
+/// Until addresses are learned, flows are in place, and all is warm.
+const WARM_UP: Duration = Duration::from_millis(1500);
+/// More of another process's work than this, in processors, and a run is done again.
+const DISTURBED: f64 = 0.05;
+
+/// What one contestant reached with frames of one kind.
+pub struct Row {
+    pub frames: Frames,
+    pub who: Contestant,
+    /// Frames a second through the core, of each run.
+    pub rates: Vec<f64>,
+    /// Processors that others used meanwhile, of each run.
+    disturbance: Vec<f64>,
+}
+
+impl Row {
+    /// Million frames a second.
+    pub fn mpps(&self) -> f64 {
+        median(&self.rates) / 1e6
+    }
+
+    pub fn json(&self) -> Value {
+        json!({
+            "frames": self.frames.name(),
+            "who": self.who.name(),
+            "mpps": self.mpps(),
+            "mpps_runs": self.rates.iter().map(|r| r / 1e6).collect::<Vec<_>>(),
+            "ns_per_frame": 1e3 / self.mpps(),
+            "disturbance_cpus": self.disturbance,
+        })
+    }
+}
+
+/// A contestant with queues and CPUs, through all kinds of frames; frames a second and disturbance.
+fn once(
+    setting: &Setting,
+    stage: &Stage,
+    who: Contestant,
+    kinds: &[Frames],
+    queues: usize,
+    (cpus, load_cpus): (&[usize], &[usize]),
+) -> Result<Vec<(f64, f64)>> {
+    let sockets = [stage.path("p0.sock"), stage.path("p1.sock")];
+    let tern = &setting.tern;
+    let wanted = Wanted { tern, sockets: &sockets, queues, cpus, macs: 8192 };
+    let switch = Running::start(who, stage, &wanted)?;
+    let mut testpmd = Testpmd::start(stage, &sockets, queues, load_cpus)?;
+    let mut figures = Vec::new();
+    for frames in kinds {
+        testpmd.load(*frames)?;
+        std::thread::sleep(WARM_UP);
+        let ours = || switch.used() + testpmd.used();
+        let before = load::machine_busy() - ours();
+        let (window, started) = (setting.window, std::time::Instant::now());
+        let rate = testpmd.rate(stage, sockets.len(), window)?;
+        let others = load::machine_busy() - (switch.used() + testpmd.used()) - before;
+        if rate < 1000.0 {
+            return Err(format!("{}: no frames go round", who.title()));
+        }
+        switch.check()?;
+        figures.push((rate, others.max(0.0) / started.elapsed().as_secs_f64()));
+    }
+    Ok(figures)
+}
+
+/// `once`, again while others disturb it.
+fn undisturbed(
+    setting: &Setting,
+    stage: &Stage,
+    who: Contestant,
+    kinds: &[Frames],
+    queues: usize,
+    cpus: (&[usize], &[usize]),
+) -> Result<Vec<(f64, f64)>> {
+    let mut tries = 0;
+    loop {
+        load::wait_quiet(setting.patience);
+        let figures = once(setting, stage, who, kinds, queues, cpus)?;
+        tries += 1;
+        let worst = figures.iter().map(|f| f.1).fold(0.0, f64::max);
+        if worst < DISTURBED || tries > setting.retries {
+            return Ok(figures);
+        }
+        println!("  {}: disturbed ({worst:.2} processors): once more", who.title());
+    }
+}
+
+/// All contestants with all `kinds` of frames, one poll thread, one queue.
+pub fn measure(setting: &Setting, stage: &Stage, kinds: &[Frames]) -> Result<Vec<Row>> {
+    let mut rows: Vec<Row> = Vec::new();
+    for frames in kinds {
+        for who in Contestant::ALL {
+            rows.push(Row { frames: *frames, who, rates: Vec::new(), disturbance: Vec::new() });
+        }
+    }
+    for run in 0..setting.runs {
+        let mut order = Contestant::ALL;
+        if run % 2 == 1 {
+            order.reverse();
+        }
+        for who in order {
+            let figures = undisturbed(setting, stage, who, kinds, 1, (&[1], &[0]))?;
+            for (frames, (rate, others)) in kinds.iter().zip(&figures) {
+                let mut all = rows.iter_mut();
+                if let Some(row) = all.find(|r| r.frames == *frames && r.who == who) {
+                    row.rates.push(*rate);
+                    row.disturbance.push(*others);
+                }
+            }
+            let shown = kinds.iter().zip(&figures);
+            let shown: Vec<String> =
+                shown.map(|(k, f)| format!("{} {:.2} Mpps", k.name(), f.0 / 1e6)).collect();
+            println!("  run {}: {:<26} {}", run + 1, who.title(), shown.join(", "));
+        }
+    }
+    Ok(rows)
+}
+
+/// CPUs that two poll threads and a load that does not hold them up take.
+const CPUS_FOR_TWO: usize = 4;
+
+/// Two poll threads with four queues against one: the ratio, or why it cannot be said here.
+pub fn two_threads(setting: &Setting, stage: &Stage) -> Result<Value> {
+    let have = std::thread::available_parallelism().map_or(1, usize::from);
+    if have < CPUS_FOR_TWO {
+        let why = format!(
+            "not measured: two poll threads and their load take {CPUS_FOR_TWO} CPUs, this machine \
+             has {have}"
+        );
+        println!("two poll threads: {why}");
+        return Ok(json!({ "skipped": why }));
+    }
+    let (mut one, mut two) = (Vec::new(), Vec::new());
+    let kinds = [Frames::Size(64)];
+    for _ in 0..setting.runs {
+        for (cpus, rates) in [(&[2][..], &mut one), (&[2, 3][..], &mut two)] {
+            let cpus = (cpus, &[0, 1][..]);
+            let figures = undisturbed(setting, stage, Contestant::Tern, &kinds, 4, cpus)?;
+            rates.push(figures[0].0 / 1e6);
+        }
+    }
+    let ratio = median(&two) / median(&one);
+    println!("two poll threads: {} Mpps, one: {} Mpps: {ratio:.2}", list(&two), list(&one));
+    Ok(json!({ "one_mpps": one, "two_mpps": two, "ratio": ratio }))
+}
