@@ -185,7 +185,10 @@ impl Burst {
                 unsafe { Source::new(iov, usize::from(skip), len as usize) }.read(&mut head);
             }
         }
-        self.segments.extend_from_slice(iov);
+        match iov {
+            [one] => self.segments.push(*one),
+            many => self.segments.extend_from_slice(many),
+        }
         let count = iov.len() as u16;
         self.frames.push(Frame { header, len, first, count, skip, head, vlan: 0 });
     }

@@ -6,6 +6,8 @@
 
 use libc::iovec;
 
+use crate::header::{HEADER_LEN, VnetHeader};
+
 /// Asks the CPU for the cache line at `p`, for reading. Any address is allowed.
 #[inline(always)]
 pub fn prefetch(p: *const u8) {
@@ -22,9 +24,11 @@ pub fn prefetch(p: *const u8) {
 #[inline(always)]
 pub fn prefetch_write(p: *const u8) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: as in `prefetch`.
+    // SAFETY: as in `prefetch`. Processors without the instruction take it as a no-op (Intel's SDM,
+    // PREFETCHW); the intrinsic for it becomes a prefetch for reading unless the whole program is
+    // built for newer processors, and then the line has to be asked for a second time.
     unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(p.cast());
+        std::arch::asm!("prefetchw [{}]", in(reg) p, options(nostack, preserves_flags, readonly));
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = p;
@@ -155,23 +159,26 @@ impl<'a> Sink<'a> {
         self.write_pieces(bytes, source)
     }
 
-    /// [`write`](Self::write) of a header of known length.
+    /// [`write`](Self::write) of a virtio-net header, as two numbers: they go from registers to the
+    /// buffer. Through bytes on the stack they would wait there for all stores before them.
     #[inline]
-    pub fn write_plain<const N: usize>(&mut self, header: &[u8; N], source: Source<'_>) {
+    pub fn write_header(&mut self, (low, high): (u64, u32), source: Source<'_>) {
+        const N: usize = HEADER_LEN;
         if let ([to], [from]) = (self.iov, source.iov)
             && self.at == 0
             && N + source.len <= to.iov_len
             && source.skip + source.len <= from.iov_len
         {
             let p = to.iov_base.cast::<u8>();
-            // SAFETY: as in `write`.
+            // SAFETY: as in `write`; 12 bytes of header.
             unsafe {
-                std::ptr::copy_nonoverlapping(header.as_ptr(), p, N);
+                p.cast::<u64>().write_unaligned(low.to_le());
+                p.add(8).cast::<u32>().write_unaligned(high.to_le());
                 let from = from.iov_base.cast::<u8>().add(source.skip);
                 copy_frame(from, p.add(N), source.len);
             }
         } else {
-            self.write_pieces(header, source);
+            self.write_pieces(&VnetHeader::from_words(low, high).to_bytes(), source);
         }
     }
 

@@ -362,11 +362,14 @@ fn classify(
     shared: &Shared,
 ) {
     let (now, fdb) = (shared.now.load(Ordering::Relaxed), &shared.fdb);
-    let mut bytes = 0;
+    let (mut bytes, mut last) = (0, None);
     for f in frames.iter_mut() {
         bytes += u64::from(f.len);
         f.vlan = view.vlans.ingress(f.tci()).unwrap_or(NO_VLAN);
-        if f.vlan != NO_VLAN {
+        // Frames of one conversation come together, and are looked up once.
+        let way = Some((f.src(), f.dst(), f.vlan));
+        if f.vlan != NO_VLAN && way != last {
+            last = way;
             fdb.prefetch(Key::new(f.src(), f.vlan));
             fdb.prefetch(Key::new(f.dst(), f.vlan));
         }

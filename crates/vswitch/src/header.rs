@@ -41,29 +41,45 @@ impl VnetHeader {
     /// Decodes the 12 bytes.
     #[inline]
     pub fn from_bytes(b: &[u8; HEADER_LEN]) -> Self {
-        let word = |at: usize| u16::from_le_bytes([b[at], b[at + 1]]);
+        let [b0, b1, b2, b3, b4, b5, b6, b7, rest @ ..] = *b;
+        let low = u64::from_le_bytes([b0, b1, b2, b3, b4, b5, b6, b7]);
+        Self::from_words(low, u32::from_le_bytes(rest))
+    }
+
+    /// Decodes the 12 bytes as two little-endian numbers, the first 8 and the last 4.
+    #[inline]
+    pub fn from_words(low: u64, high: u32) -> Self {
         Self {
-            flags: b[0],
-            gso_type: b[1],
-            hdr_len: word(2),
-            gso_size: word(4),
-            csum_start: word(6),
-            csum_offset: word(8),
-            num_buffers: word(10),
+            flags: low as u8,
+            gso_type: (low >> 8) as u8,
+            hdr_len: (low >> 16) as u16,
+            gso_size: (low >> 32) as u16,
+            csum_start: (low >> 48) as u16,
+            csum_offset: high as u16,
+            num_buffers: (high >> 16) as u16,
         }
+    }
+
+    /// Encodes it as [`from_words`](Self::from_words) decodes it.
+    #[inline]
+    pub fn to_words(self) -> (u64, u32) {
+        let Self { flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers } =
+            self;
+        let low = u64::from(flags)
+            | u64::from(gso_type) << 8
+            | u64::from(hdr_len) << 16
+            | u64::from(gso_size) << 32
+            | u64::from(csum_start) << 48;
+        (low, u32::from(csum_offset) | u32::from(num_buffers) << 16)
     }
 
     /// Encodes it.
     #[inline]
     pub fn to_bytes(self) -> [u8; HEADER_LEN] {
-        let Self { flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers } =
-            self;
-        let mut b = [flags, gso_type, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-        for (i, word) in
-            [hdr_len, gso_size, csum_start, csum_offset, num_buffers].into_iter().enumerate()
-        {
-            b[2 + 2 * i..4 + 2 * i].copy_from_slice(&word.to_le_bytes());
-        }
+        let (low, high) = self.to_words();
+        let mut b = [0; HEADER_LEN];
+        b[..8].copy_from_slice(&low.to_le_bytes());
+        b[8..].copy_from_slice(&high.to_le_bytes());
         b
     }
 

@@ -176,22 +176,28 @@ fn take_frame(chain: &Chain, header_len: usize, burst: &mut Burst) -> Result<(),
         return Err(Drop::Oversized);
     }
     let iov = chain.readable();
-    let mut bytes = [0; HEADER_LEN];
-    match iov.first() {
+    let mut header = match iov.first() {
         Some(v) if v.iov_len >= HEADER_LEN => {
+            let p = v.iov_base.cast::<u8>();
             // SAFETY: the buffer is in guest memory that the chain keeps alive, and long enough.
-            unsafe {
-                let p = v.iov_base.cast::<u8>();
-                std::ptr::copy_nonoverlapping(p, bytes.as_mut_ptr(), HEADER_LEN);
-            }
+            let (low, high) = unsafe {
+                (p.cast::<u64>().read_unaligned(), p.add(8).cast::<u32>().read_unaligned())
+            };
+            VnetHeader::from_words(u64::from_le(low), u32::from_le(high))
         }
-        // SAFETY: the chain's buffers, which it keeps alive.
-        _ => drop_len(unsafe { Source::new(iov, 0, header_len) }.read(&mut bytes)),
-    }
-    let mut header = VnetHeader::from_bytes(&bytes);
+        _ => {
+            let mut bytes = [0; HEADER_LEN];
+            // SAFETY: the chain's buffers, which it keeps alive.
+            drop_len(unsafe { Source::new(iov, 0, header_len) }.read(&mut bytes));
+            VnetHeader::from_bytes(&bytes)
+        }
+    };
     header.flags &= NEEDS_CSUM;
     header.num_buffers = 0;
-    if !header.is_plain() && !header.is_valid(len) {
+    if header.is_plain() {
+        // The rest of it means nothing then.
+        header = VnetHeader::default();
+    } else if !header.is_valid(len) {
         return Err(Drop::BadHeader);
     }
     // A header in a buffer of its own is left out, so that the frame begins with its buffer.
@@ -377,8 +383,9 @@ impl Output for TxRing {
         // SAFETY: the chain's buffers, which it keeps alive.
         let mut sink = unsafe { Sink::new(chain.writable()) };
         if prefix.is_empty() && self.header_len == HEADER_LEN {
-            let h = VnetHeader { num_buffers: 1, ..*header };
-            sink.write_plain(&h.to_bytes(), rest);
+            // Nearly all headers are of plain frames, which need not be put together.
+            let header = if header.is_plain() { VnetHeader::default() } else { *header };
+            sink.write_header(VnetHeader { num_buffers: 1, ..header }.to_words(), rest);
         } else {
             sink.write(Start::new(header, prefix, self.header_len, 1).bytes(), rest);
         }

@@ -207,6 +207,30 @@ impl Chain {
         self.touched.set(0);
     }
 
+    /// [`add`](Self::add) of a chain's only buffer, right after `begin`: the usual case.
+    #[inline]
+    pub(super) fn add_only(
+        &mut self,
+        mem: &GuestMemory,
+        addr: u64,
+        len: u32,
+        writable: bool,
+    ) -> Result<(), RingError> {
+        match mem.slice(addr, len as usize) {
+            Ok(slice) if len > 0 => {
+                self.iov.push(slice.iovec());
+                self.gpa.push(addr);
+                if writable && !self.all_readable {
+                    self.writable_len = len;
+                } else {
+                    (self.readable, self.readable_len) = (1, len);
+                }
+                Ok(())
+            }
+            _ => self.add(mem, addr, len, writable),
+        }
+    }
+
     /// Adds a buffer in `mem`, the same memory as given to `begin`. Empty ones are left out.
     #[inline]
     pub(super) fn add(

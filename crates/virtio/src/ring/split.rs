@@ -10,7 +10,7 @@ use mem::GuestMemory;
 
 use super::chain::{Chain, Token};
 use super::inflight::Pending;
-use super::raw::{AvailRing, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, DescTable, UsedRing};
+use super::raw::{AvailRing, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, DescTable, RawDesc, UsedRing};
 use super::{MAX_QUEUE_SIZE, RingError, crossed};
 use crate::device::{RingPos, RingSetup};
 use crate::features::{VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, has};
@@ -140,9 +140,29 @@ impl SplitRing {
             self.avail_seen = self.avail.idx();
         }
         let waiting = usize::from(self.avail_seen.wrapping_sub(self.next_avail));
-        for i in 0..waiting.min(chains.len()) {
+        let n = waiting.min(chains.len());
+        for i in 0..n {
             self.desc.prefetch(self.avail.entry(self.next_avail.wrapping_add(i as u16)));
         }
+        if self.inflight.is_some() || waiting + usize::from(self.taken()) > usize::from(self.size) {
+            return self.pop_one_by_one(chains);
+        }
+        // What `pop` asks of every chain has been asked of all of them.
+        for (i, chain) in chains[..n].iter_mut().enumerate() {
+            let before = self.next_avail;
+            let id = self.avail.entry(before);
+            chain.begin(&self.mem);
+            if let Err(e) = self.walk(id, chain) {
+                return (i, Err(e));
+            }
+            self.next_avail = before.wrapping_add(1);
+            chain.token = Token { id, entries: 1, before, after: self.next_avail, slot: id };
+        }
+        (n, Ok(()))
+    }
+
+    /// [`pop_burst`](Self::pop_burst) with in-flight tables, and of rings that make no sense.
+    fn pop_one_by_one(&mut self, chains: &mut [Chain]) -> (usize, Result<(), RingError>) {
         for (n, chain) in chains.iter_mut().enumerate() {
             if self.next_avail == self.avail_seen && self.to_resubmit().is_none() {
                 return (n, Ok(()));
@@ -158,6 +178,15 @@ impl SplitRing {
 
     #[inline]
     fn walk(&self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
+        let only = |d: &RawDesc| d.at12 & (DESC_INDIRECT | DESC_NEXT) == 0;
+        if let Some(d) = self.desc.get(head).filter(only) {
+            return chain.add_only(&self.mem, d.addr, d.len, d.at12 & DESC_WRITE != 0);
+        }
+        self.walk_all(head, chain)
+    }
+
+    /// [`walk`](Self::walk) of chains with several descriptors, or with an indirect one.
+    fn walk_all(&self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
         let mut index = head;
         for _ in 0..self.size {
             let Some(d) = self.desc.get(index) else {
