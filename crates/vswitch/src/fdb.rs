@@ -1,8 +1,9 @@
 //! The forwarding database: which port a MAC address was last seen at, by VLAN.
 //!
-//! All poll threads read and write one table of atomics, without locks. An address lives in one of
-//! the eight slots of one of two buckets, so a look-up touches at most two cache lines of keys and
-//! one of values, however full the table is, and nothing is ever moved.
+//! All poll threads read and write one table of atomics, without locks. A bucket is one cache line of
+//! four slots, and an address lives in one of four: in the one that its hash says or that one's
+//! neighbour, or, when these are nearly full, in another one or its neighbour. So a look-up of what is
+//! there touches one line, rarely more, however large the table is, and nothing is ever moved.
 //!
 //! Invariants:
 //! - A key is whole in one word. A value (port, when seen) is whole in one word.
@@ -16,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::table::PortId;
 
-const WAYS: usize = 8;
+const WAYS: usize = 4;
 /// Above the 48 bits of the address and the 12 of the VLAN: the slot is taken.
 const TAKEN: u64 = 1 << 63;
 /// The value's bit of an entry that never ages and is never learned anew.
@@ -44,25 +45,37 @@ impl Key {
         (self.0 >> 48) as u16 & 0xfff
     }
 
-    /// Two bucket numbers, of a table with `mask + 1` buckets.
+    /// The four buckets, of a table with `mask + 1` of them (at least 2), in the order in which they
+    /// are looked at.
     #[inline]
-    fn buckets(self, mask: usize) -> (usize, usize) {
+    fn buckets(self, mask: usize) -> [usize; 4] {
         // A multiplication whose high half is folded in spreads addresses that count upwards.
         let p = u128::from(self.0) * 0x9e37_79b9_7f4a_7c15;
         let h = (p >> 64) as u64 ^ p as u64;
-        (h as usize & mask, (h >> 32) as usize & mask)
+        let (a, b) = (h as usize & mask, (h >> 32) as usize & mask);
+        [a, a ^ 1, b, b ^ 1]
     }
 }
 
+#[derive(Default)]
+struct Slot {
+    key: AtomicU64,
+    value: AtomicU64,
+}
+
+#[derive(Default)]
 #[repr(align(64))]
-struct Keys([AtomicU64; WAYS]);
-#[repr(align(64))]
-struct Values([AtomicU64; WAYS]);
+struct Bucket([Slot; WAYS]);
+
+impl Bucket {
+    fn free(&self) -> usize {
+        self.0.iter().filter(|s| s.key.load(Ordering::Relaxed) == 0).count()
+    }
+}
 
 /// The table.
 pub struct Fdb {
-    keys: Box<[Keys]>,
-    values: Box<[Values]>,
+    buckets: Box<[Bucket]>,
     mask: usize,
 }
 
@@ -73,7 +86,7 @@ pub enum Learned {
     Known,
     /// It is new, or has moved.
     Changed,
-    /// Both its buckets are full.
+    /// All its buckets are full.
     Full,
 }
 
@@ -98,39 +111,32 @@ fn port_of(value: u64) -> PortId {
 }
 
 impl Fdb {
-    /// A table for about `capacity` addresses (1 to 4 million); half as many more fit, so that
-    /// buckets rarely overflow.
+    /// A table for about `capacity` addresses (1 to 4 million); twice as many slots, so that buckets
+    /// rarely overflow.
     pub fn new(capacity: usize) -> Self {
-        let slots = capacity.clamp(64, 4 << 20) * 3 / 2;
+        let slots = capacity.clamp(64, 4 << 20) * 2;
         let buckets = slots.div_ceil(WAYS).next_power_of_two();
-        let zeros = || std::array::from_fn(|_| AtomicU64::new(0));
-        Self {
-            keys: (0..buckets).map(|_| Keys(zeros())).collect(),
-            values: (0..buckets).map(|_| Values(zeros())).collect(),
-            mask: buckets - 1,
-        }
+        let buckets: Box<[Bucket]> = (0..buckets).map(|_| Bucket::default()).collect();
+        Self { mask: buckets.len() - 1, buckets }
     }
 
     #[inline]
     fn find(&self, key: Key) -> Option<&AtomicU64> {
-        let (a, b) = key.buckets(self.mask);
-        for bucket in [a, b] {
-            let keys = &self.keys[bucket].0;
-            for (i, k) in keys.iter().enumerate() {
-                if k.load(Ordering::Acquire) == key.0 {
-                    return Some(&self.values[bucket].0[i]);
+        for bucket in key.buckets(self.mask) {
+            for slot in &self.buckets[bucket].0 {
+                if slot.key.load(Ordering::Acquire) == key.0 {
+                    return Some(&slot.value);
                 }
             }
         }
         None
     }
 
-    /// Asks the CPU for the lines that a look-up of `key` will read.
+    /// Asks the CPU for the line that a look-up of `key` will read first.
     #[inline]
     pub fn prefetch(&self, key: Key) {
-        let (a, _) = key.buckets(self.mask);
-        crate::copy::prefetch(std::ptr::from_ref(&self.keys[a]).cast());
-        crate::copy::prefetch(std::ptr::from_ref(&self.values[a]).cast());
+        let [first, ..] = key.buckets(self.mask);
+        crate::copy::prefetch(std::ptr::from_ref(&self.buckets[first]).cast());
     }
 
     /// The port that `key` was last seen at.
@@ -153,19 +159,23 @@ impl Fdb {
 
     #[cold]
     fn insert(&self, key: Key, value: u64) -> Learned {
-        let (a, b) = key.buckets(self.mask);
-        for bucket in [a, b] {
-            for (i, k) in self.keys[bucket].0.iter().enumerate() {
-                if k.load(Ordering::Relaxed) != 0 {
-                    continue;
-                }
-                // The value first: a reader that finds the key finds a value that was meant for it,
-                // unless two learners race for the slot, of which one takes the next slot.
-                self.values[bucket].0[i].store(value, Ordering::Relaxed);
-                if k.compare_exchange(0, key.0, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
-                    self.values[bucket].0[i].store(value, Ordering::Relaxed);
-                    return Learned::Changed;
-                }
+        let [a, b, c, d] = key.buckets(self.mask).map(|i| &self.buckets[i]);
+        // As early in the order as there is room, unless the first two are nearly full and the others
+        // are not: so all are full only when the table is.
+        let free = a.free() + b.free();
+        let first = free > 1 || free >= c.free() + d.free();
+        let order = if first { [a, b, c, d] } else { [c, d, a, b] };
+        for slot in order.into_iter().flat_map(|bucket| &bucket.0) {
+            if slot.key.load(Ordering::Relaxed) != 0 {
+                continue;
+            }
+            // The value first: a reader that finds the key finds a value that was meant for it, unless
+            // two learners race for the slot, of which one takes the next slot.
+            slot.value.store(value, Ordering::Relaxed);
+            let taken = slot.key.compare_exchange(0, key.0, Ordering::AcqRel, Ordering::Relaxed);
+            if taken.is_ok() {
+                slot.value.store(value, Ordering::Relaxed);
+                return Learned::Changed;
             }
         }
         Learned::Full
@@ -184,15 +194,13 @@ impl Fdb {
 
     fn retain(&self, keep: impl Fn(Key, u64) -> bool) -> usize {
         let mut gone = 0;
-        for (keys, values) in self.keys.iter().zip(&self.values) {
-            for (k, v) in keys.0.iter().zip(&values.0) {
-                let key = k.load(Ordering::Acquire);
-                if key != 0
-                    && !keep(Key(key), v.load(Ordering::Relaxed))
-                    && k.compare_exchange(key, 0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-                {
-                    gone += 1;
-                }
+        for Slot { key: k, value } in self.buckets.iter().flat_map(|b| &b.0) {
+            let key = k.load(Ordering::Acquire);
+            if key != 0
+                && !keep(Key(key), value.load(Ordering::Relaxed))
+                && k.compare_exchange(key, 0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+            {
+                gone += 1;
             }
         }
         gone
@@ -215,17 +223,15 @@ impl Fdb {
     /// Everything in it, in no order.
     pub fn entries(&self, now: u32) -> Vec<Entry> {
         let mut all = Vec::new();
-        for (keys, values) in self.keys.iter().zip(&self.values) {
-            for (k, v) in keys.0.iter().zip(&values.0) {
-                let (key, value) = (k.load(Ordering::Acquire), v.load(Ordering::Relaxed));
-                if key != 0 {
-                    all.push(Entry {
-                        key: Key(key),
-                        port: port_of(value),
-                        age: if value & STATIC != 0 { 0 } else { now.saturating_sub(value as u32) },
-                        fixed: value & STATIC != 0,
-                    });
-                }
+        for Slot { key, value } in self.buckets.iter().flat_map(|b| &b.0) {
+            let (key, value) = (key.load(Ordering::Acquire), value.load(Ordering::Relaxed));
+            if key != 0 {
+                all.push(Entry {
+                    key: Key(key),
+                    port: port_of(value),
+                    age: if value & STATIC != 0 { 0 } else { now.saturating_sub(value as u32) },
+                    fixed: value & STATIC != 0,
+                });
             }
         }
         all
@@ -266,6 +272,18 @@ mod tests {
         }
         assert!((0..100_000).all(|i| f.lookup(Key::new(0x5254_0000_0000 + i, 0)) == Some(1)));
         assert_eq!(f.entries(1).len(), 100_000);
+    }
+
+    #[test]
+    fn random_addresses_fit_into_a_table_made_for_them() {
+        let (mut x, capacity) = (1u64, 8192);
+        let f = Fdb::new(capacity);
+        let mut full = 0;
+        for _ in 0..capacity {
+            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            full += usize::from(f.learn(Key::new(x >> 16, 0), 1, 1) == Learned::Full);
+        }
+        assert!(full < capacity / 1000, "{full} of {capacity} found no slot");
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! The part of `cargo xtask bench switch` that testpmd cannot do: frames with times in them, ports
 //! that stand still, many ports and many addresses. Prints what it measured as JSON.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
@@ -44,6 +44,16 @@ enum What {
         #[arg(long, default_value_t = 5)]
         ramps: u32,
     },
+    /// How long it takes to wake a process that sleeps on another CPU, without any switch
+    Wake {
+        #[arg(long, default_value_t = 1)]
+        cpu: usize,
+        #[arg(long, default_value_t = 50)]
+        times: u32,
+    },
+    /// The process that `wake` wakes
+    #[command(hide = true)]
+    Sleeper,
     /// As fast as it goes, in pairs of ports
     Flood {
         /// Addresses in all
@@ -268,7 +278,51 @@ fn flood(ports: &mut [Port], macs: u64, seconds: f64) -> Value {
     json!({ "mpps": received as f64 / took / 1e6, "sent": sent, "lost": sent - received.min(sent) })
 }
 
+/// The clock that all processes share, in nanoseconds.
+fn clock() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |d| d.as_nanos() as u64)
+}
+
+/// Answers each byte with the time at which it woke up, until there are no more.
+fn sleeper() -> std::io::Result<()> {
+    let (mut input, mut output) = (std::io::stdin(), std::io::stdout());
+    let mut byte = [0];
+    while input.read(&mut byte)? == 1 {
+        output.write_all(&clock().to_le_bytes())?;
+        output.flush()?;
+    }
+    Ok(())
+}
+
+fn wake(cpu: usize, times: u32) -> std::io::Result<Value> {
+    let mut command = Command::new("taskset");
+    command.args(["-c", &cpu.to_string()]).arg(std::env::current_exe()?).arg("sleeper");
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let gone = || std::io::Error::from(std::io::ErrorKind::BrokenPipe);
+    let mut to = child.stdin.take().ok_or_else(gone)?;
+    let mut from = child.stdout.take().ok_or_else(gone)?;
+    let mut took = Vec::new();
+    for _ in 0..times {
+        std::thread::sleep(PAUSE);
+        let sent = clock();
+        to.write_all(&[0])?;
+        let mut woken = [0; 8];
+        from.read_exact(&mut woken)?;
+        took.push(u64::from_le_bytes(woken).saturating_sub(sent));
+    }
+    drop(to);
+    child.wait()?;
+    Ok(json!({ "wake_ns": took }))
+}
+
 fn run(args: &Args) -> Result<Value> {
+    let host = |e: std::io::Error| Error::Host(format!("a process to be woken: {e}"));
+    match args.what {
+        What::Wake { cpu, times } => return wake(cpu, times).map_err(host),
+        What::Sleeper => return sleeper().map(|()| Value::Null).map_err(host),
+        _ => {}
+    }
     if args.sockets.is_empty() || args.sockets.len() % 2 == 1 {
         return Err(Error::Host("--socket: an even number of sockets is needed".into()));
     }
@@ -288,6 +342,7 @@ fn run(args: &Args) -> Result<Value> {
         What::Latency { rate, seconds } => latency(&mut ports, rate, seconds),
         What::Idle { seconds, singles, ramps } => Ok(idle(&mut ports, seconds, singles, ramps)),
         What::Flood { seconds, .. } => Ok(flood(&mut ports, macs, seconds)),
+        What::Wake { .. } | What::Sleeper => Ok(Value::Null),
     }
 }
 

@@ -217,6 +217,19 @@ impl Running {
         serde_json::from_slice(&out.stdout).map_err(|e| format!("tern switch {command}: {e}"))
     }
 
+    /// What Tern dropped, by port and reason; `None` of others.
+    pub fn drops(&self) -> Result<Option<Value>> {
+        if !self.who.is_ours() {
+            return Ok(None);
+        }
+        let stats = self.ask("stats")?;
+        let ports = stats["ports"].as_array().into_iter().flatten();
+        let dropped = ports.filter(|p| p["drops"].as_object().is_some_and(|d| !d.is_empty()));
+        let named = dropped
+            .map(|p| (p["name"].as_str().unwrap_or_default().to_owned(), p["drops"].clone()));
+        Ok(Some(Value::Object(named.collect())))
+    }
+
     /// Whether frames go to one port each, as learned, instead of to all: checked after a run.
     pub fn check(&self) -> Result<()> {
         match self.who {

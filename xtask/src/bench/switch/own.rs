@@ -67,8 +67,13 @@ impl Pair {
         let well = read.is_ok() && ended.is_ok_and(|s| s.success());
         let report = text.lines().last().and_then(|l| serde_json::from_str(l).ok());
         let report: Option<Value> = report.filter(|_| well);
+        let said = || format!("tern-frames: {}", stage.log("frames.log"));
+        let mut report = report.ok_or_else(said)?;
         self.switch.check()?;
-        report.ok_or_else(|| format!("tern-frames: {}", stage.log("frames.log")))
+        if let Some(drops) = self.switch.drops()? {
+            report["drops"] = drops;
+        }
+        Ok(report)
     }
 }
 
@@ -103,6 +108,11 @@ fn latency(setting: &Setting, stage: &Stage) -> Result<Value> {
             median(&medians),
             median(&p99)
         );
+        for drops in reports.iter().filter_map(|r| r["drops"].as_object()) {
+            if !drops.is_empty() {
+                println!("    dropped: {drops:?}");
+            }
+        }
         rows.push(json!({
             "who": who.name(), "median_ns": median(&medians), "p99_ns": median(&p99), "worst_ns": worst,
             "lost": lost, "runs": reports,
@@ -118,10 +128,26 @@ fn latency(setting: &Setting, stage: &Stage) -> Result<Value> {
     Ok(rows.into())
 }
 
+/// Microseconds in which this machine wakes a process that sleeps on the switch's CPU: what the first
+/// frame after idle cannot be quicker than.
+fn wake_up(setting: &Setting, stage: &Stage) -> Result<Vec<f64>> {
+    let mut command = stage.command("taskset", "wake.log")?;
+    command.args(["-c", "0"]).arg(&setting.frames).arg("wake").stdout(Stdio::piped());
+    let out = command.output().map_err(|e| format!("tern-frames: {e}"))?;
+    let report: Value = serde_json::from_slice(&out.stdout)
+        .map_err(|e| format!("tern-frames wake: {e}: {}", stage.log("wake.log")))?;
+    Ok(microseconds(&report["wake_ns"]))
+}
+
+fn microseconds(list: &Value) -> Vec<f64> {
+    list.as_array().into_iter().flatten().filter_map(|v| Some(v.as_f64()? / 1e3)).collect()
+}
+
 fn idle(setting: &Setting, stage: &Stage) -> Result<Value> {
     const PORTS: usize = 8;
     let mut rows = Vec::new();
-    println!();
+    let wake = wake_up(setting, stage)?;
+    println!("\nto wake a sleeping process on CPU 1, without a switch: {:.1} µs", median(&wake));
     for who in [Contestant::TernAdaptive, Contestant::OvsRule] {
         let seconds = QUIET.to_string();
         let what = ["idle", "--seconds", &seconds];
@@ -137,12 +163,7 @@ fn idle(setting: &Setting, stage: &Stage) -> Result<Value> {
         let cpu = (pair.switch.used() - before) / start.elapsed().as_secs_f64();
         let report = pair.report(stage)?;
         let empty = Vec::new();
-        let singles: Vec<f64> = report["single_ns"]
-            .as_array()
-            .unwrap_or(&empty)
-            .iter()
-            .filter_map(|v| v.as_f64().map(|ns| ns / 1e3))
-            .collect();
+        let singles = microseconds(&report["single_ns"]);
         let ramps = report["ramps"].as_array().unwrap_or(&empty);
         let (sent, lost) = (numbers(ramps, "sent"), numbers(ramps, "lost"));
         let worst = singles.iter().copied().fold(0.0, f64::max);
@@ -170,7 +191,7 @@ fn idle(setting: &Setting, stage: &Stage) -> Result<Value> {
             "first_frame_worst_us": worst, "sent": sent, "lost": lost, "report": report,
         }));
     }
-    Ok(rows.into())
+    Ok(json!({ "wake_us": wake, "switches": rows }))
 }
 
 fn scale(setting: &Setting, stage: &Stage) -> Result<Value> {
