@@ -63,11 +63,10 @@ fn once(
     for frames in kinds {
         testpmd.load(*frames)?;
         std::thread::sleep(WARM_UP);
-        let ours = || switch.used() + testpmd.used();
-        let before = load::machine_busy() - ours();
+        let before = load::machine_busy() - switch.used() - testpmd.used();
         let (window, started) = (setting.window, std::time::Instant::now());
         let rate = testpmd.rate(stage, sockets.len(), window)?;
-        let others = load::machine_busy() - (switch.used() + testpmd.used()) - before;
+        let others = load::machine_busy() - switch.used() - testpmd.used() - before;
         if rate < 1000.0 {
             return Err(format!("{}: no frames go round", who.title()));
         }
