@@ -184,7 +184,9 @@ impl DriverRing {
         } else {
             self.add_split(&ids, &list);
         }
-        self.unkicked += if self.packed() { ids.len() as u16 } else { 1 };
+        let entries = if self.packed() { ids.len() as u16 } else { 1 };
+        // Whoever never asks for kicks gets here more than 65,535 times.
+        self.unkicked = self.unkicked.saturating_add(entries);
         self.outstanding.insert(id, ids);
         Some(id)
     }
