@@ -34,7 +34,7 @@ pub fn run(args: &Args) -> Outcome {
         }
     };
     let raw = if io::stdin().is_terminal() {
-        eprintln!("Connected to VM {}; Ctrl-] leaves.", vm.name);
+        vmm::tell!("Connected to VM {}; Ctrl-] leaves.", vm.name);
         Some(RawTerminal::new()?)
     } else {
         None
@@ -42,8 +42,8 @@ pub fn run(args: &Args) -> Outcome {
     let end = shuttle(stream);
     drop(raw);
     match end? {
-        End::Escape => eprintln!("\nLeft the console of VM {}.", vm.name),
-        End::Closed => eprintln!("\nThe console of VM {} was closed.", vm.name),
+        End::Escape => vmm::tell!("\nLeft the console of VM {}.", vm.name),
+        End::Closed => vmm::tell!("\nThe console of VM {} was closed.", vm.name),
     }
     Ok(0)
 }

@@ -23,9 +23,9 @@ pub fn run(args: &Args) -> Outcome {
     let vm = runtime_dir::find(&args.name)?;
     let facts = gather(&vm);
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&facts)?);
+        crate::say::say!("{}", serde_json::to_string_pretty(&facts)?);
     } else {
-        print!("{}", text(&facts));
+        crate::say::text(format_args!("{}", text(&facts)));
     }
     Ok(0)
 }

@@ -40,7 +40,7 @@ pub fn run(args: &Args) -> Outcome {
         }
         runtime_dir::purge();
     }
-    println!("VM {} has ended.", vm.name);
+    crate::say::say!("VM {} has ended.", vm.name);
     Ok(0)
 }
 

@@ -15,7 +15,7 @@ pub fn launch(machine: spec::Machine) -> i32 {
     match try_launch(machine) {
         Ok(status) => status,
         Err(e) => {
-            eprintln!("tern: {e}");
+            vmm::tell!("tern: {e}");
             1
         }
     }
@@ -50,7 +50,11 @@ fn start_log(process: &spec::Process) -> Result<(), String> {
     let default = if process.log_items.is_empty() { "warn" } else { "debug" };
     let filter = tracing_subscriber::EnvFilter::try_from_env("TERN_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(false)
+        // A log that cannot be written is no reason to stop: telling of it would panic.
+        .log_internal_errors(false);
     let result = match &process.logfile {
         Some(path) => {
             let file = File::options().create(true).append(true).open(path);

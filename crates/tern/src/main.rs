@@ -16,6 +16,7 @@ mod ps;
 mod qemu;
 mod run;
 mod runtime_dir;
+mod say;
 mod stop;
 mod switch;
 mod switch_show;
@@ -95,7 +96,7 @@ fn run_qemu(program: &str, options: &[OsString]) -> i32 {
         match option.to_str() {
             Some(word) => words.push(word.to_owned()),
             None => {
-                eprintln!("{program}: '{}': expected UTF-8", option.to_string_lossy());
+                vmm::tell!("{program}: '{}': expected UTF-8", option.to_string_lossy());
                 return 1;
             }
         }
@@ -123,7 +124,7 @@ fn dispatch(command: Command) -> i32 {
         Command::Doctor(args) => Ok(doctor::run(&args)),
     };
     outcome.unwrap_or_else(|error| {
-        eprintln!("tern: {error}");
+        vmm::tell!("tern: {error}");
         1
     })
 }

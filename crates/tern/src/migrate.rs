@@ -59,7 +59,7 @@ pub fn run(args: &Args) -> Outcome {
     }
     client::execute(&vm, "migrate", json!({"uri": args.uri}))?;
     if args.detach {
-        println!("VM {}: the migration to {} has begun.", vm.name, args.uri);
+        crate::say::say!("VM {}: the migration to {} has begun.", vm.name, args.uri);
         return Ok(0);
     }
     let outcome = watch(&vm);
@@ -99,7 +99,7 @@ fn watch(vm: &Entry) -> Result<Value, Box<dyn std::error::Error>> {
             eprint!("\r\x1b[K{line}");
             let _ = std::io::stderr().flush();
         } else if shown_at.is_none_or(|at| at.elapsed() >= Duration::from_secs(5)) {
-            eprintln!("{line}");
+            vmm::tell!("{line}");
             shown_at = Some(Instant::now());
         }
         std::thread::sleep(POLL);
@@ -144,11 +144,14 @@ fn end(remaining: f64, rate: f64, dirty: f64) -> Option<f64> {
 fn finish(vm: &Entry, uri: &str, answer: &Value) -> Outcome {
     match status(answer) {
         "completed" => {
-            println!("{}", summary(vm, uri, answer));
+            crate::say::say!("{}", summary(vm, uri, answer));
             Ok(0)
         }
         "cancelled" => {
-            println!("VM {}: the migration was cancelled; the guest goes on here.", vm.name);
+            crate::say::say!(
+                "VM {}: the migration was cancelled; the guest goes on here.",
+                vm.name
+            );
             Ok(1)
         }
         _ => {

@@ -35,9 +35,9 @@ fn failed(answer: &str) -> bool {
 }
 
 fn show(text: &str) {
-    print!("{text}");
+    crate::say::text(format_args!("{text}"));
     if !text.is_empty() && !text.ends_with('\n') {
-        println!();
+        crate::say::say!();
     }
 }
 
@@ -47,13 +47,13 @@ fn interactive(vm: &Entry) -> Outcome {
     let mut line = String::new();
     loop {
         if prompt {
-            print!("({}) ", vm.name);
+            crate::say::text(format_args!("({}) ", vm.name));
             std::io::stdout().flush()?;
         }
         line.clear();
         if stdin.lock().read_line(&mut line)? == 0 {
             if prompt {
-                println!();
+                crate::say::say!();
             }
             return Ok(0);
         }
@@ -63,10 +63,10 @@ fn interactive(vm: &Entry) -> Outcome {
         }
         match client::hmp(vm, command) {
             Ok(text) => show(&text),
-            Err(error) if vm.alive() => eprintln!("tern: {error}"),
+            Err(error) if vm.alive() => vmm::tell!("tern: {error}"),
             // `quit` hangs up instead of answering.
             Err(_) => {
-                println!("VM {} has ended.", vm.name);
+                crate::say::say!("VM {} has ended.", vm.name);
                 return Ok(0);
             }
         }

@@ -28,9 +28,9 @@ pub fn run(args: &Args) -> Outcome {
     });
     if args.json {
         let rows: Vec<Value> = rows.iter().map(Row::to_json).collect();
-        println!("{}", serde_json::to_string_pretty(&rows)?);
+        crate::say::say!("{}", serde_json::to_string_pretty(&rows)?);
     } else {
-        print!("{}", table(&rows));
+        crate::say::text(format_args!("{}", table(&rows)));
     }
     Ok(0)
 }

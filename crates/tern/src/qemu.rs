@@ -8,16 +8,16 @@ use crate::launch::launch;
 pub fn run(program: &str, args: &[String]) -> i32 {
     match parse(args) {
         Ok(Parsed::Print(text)) => {
-            println!("{}", text.trim_end());
+            crate::say::say!("{}", text.trim_end());
             0
         }
         Ok(Parsed::CpuHelp) => {
-            print!("{}", hv::cpu::help());
+            crate::say::text(format_args!("{}", hv::cpu::help()));
             0
         }
         Ok(Parsed::Machine(machine)) => launch(*machine),
         Err(e) => {
-            eprintln!("{program}: {e}");
+            vmm::tell!("{program}: {e}");
             1
         }
     }

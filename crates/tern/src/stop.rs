@@ -44,7 +44,7 @@ pub fn run(args: &Args) -> Outcome {
             ask_at = Instant::now() + Duration::from_secs(1);
             // With -no-shutdown the process stays when the guest is off.
             if self::status(&vm).is_ok_and(|status| status == "shutdown") {
-                println!(
+                crate::say::say!(
                     "VM {name}: the guest has shut down; the VM stays, as it was started with \
                      -no-shutdown (`tern kill {name}` ends it)."
                 );
@@ -53,7 +53,7 @@ pub fn run(args: &Args) -> Outcome {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    println!("VM {name} has shut down.");
+    crate::say::say!("VM {name} has shut down.");
     Ok(0)
 }
 

@@ -212,7 +212,7 @@ pub fn run(args: &Args) -> Outcome {
         Command::Top { to } => switch_top::run(&mut to.connect()?),
         Command::Metrics { to } => {
             let text = to.connect()?.ask("metrics", &json!({}))?;
-            print!("{}", text.as_str().unwrap_or_default());
+            crate::say::text(format_args!("{}", text.as_str().unwrap_or_default()));
             Ok(0)
         }
         Command::Quit { to } => to.plain("quit", json!({})),
@@ -225,7 +225,7 @@ fn fdb(a: &FdbArgs) -> Outcome {
     }
     if a.flush {
         let v = a.to.connect()?.ask("fdb-flush", &json!({ "port": a.port }))?;
-        println!("{} addresses forgotten", v["flushed"]);
+        crate::say::say!("{} addresses forgotten", v["flushed"]);
         return Ok(0);
     }
     a.to.show(&a.view, "fdb", json!({ "port": a.port }), switch_show::fdb)
@@ -245,14 +245,14 @@ fn mirror(a: &MirrorArgs) -> Outcome {
     if let Some(name) = &a.del {
         return a.to.plain("del-mirror", json!({ "name": name }));
     }
-    println!("{:#}", a.to.connect()?.ask("mirrors", &json!({}))?);
+    crate::say::say!("{:#}", a.to.connect()?.ask("mirrors", &json!({}))?);
     Ok(0)
 }
 
 fn capture(a: &CaptureArgs) -> Outcome {
     let Some(file) = &a.file else {
         let v = a.to.connect()?.ask("end-capture", &json!({ "name": a.port }))?;
-        println!("{} frames, {} left out", v["frames"], v["left-out"]);
+        crate::say::say!("{} frames, {} left out", v["frames"], v["left-out"]);
         return Ok(0);
     };
     // The switch has a working directory of its own.
@@ -266,7 +266,12 @@ fn capture(a: &CaptureArgs) -> Outcome {
 fn serve(a: &RunArgs) -> Outcome {
     let filter = tracing_subscriber::EnvFilter::try_from_env("TERN_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        // A log that cannot be written is no reason to stop: telling of it would panic.
+        .log_internal_errors(false)
+        .init();
     let mut config = match &a.config {
         Some(file) => Config::load(file)?,
         None => Config::default(),

@@ -19,7 +19,7 @@ pub fn create(spec: &spec::Machine, vm: &dyn Vm) -> Result<Created, String> {
     let check = spec.cpu.features.get("check") != Some(&false);
     let missing = cpu::missing(&host, &spec.cpu.model, &spec.cpu.features).map_err(wrong)?;
     for feature in missing.iter().filter(|_| check) {
-        eprintln!("tern: warning: host doesn't support requested feature: {feature}");
+        crate::tell!("tern: warning: host doesn't support requested feature: {feature}");
     }
     let mut vcpus = Vec::new();
     let mut first = Vec::new();

@@ -68,7 +68,7 @@ impl Driver<'_> {
             }
             Request::Shutdown => self.power_off("guest-shutdown"),
             Request::InternalError { vcpu, reason } => {
-                eprintln!("tern: vCPU {vcpu} cannot go on, the machine is stopped: {reason}");
+                crate::tell!("tern: vCPU {vcpu} cannot go on, the machine is stopped: {reason}");
                 machine.halt(RunState::InternalError);
                 None
             }

@@ -33,6 +33,7 @@ mod power_on;
 mod run;
 mod runstate;
 mod signals;
+pub mod tell;
 mod vcpus;
 
 pub use run::{prepare_process, run};

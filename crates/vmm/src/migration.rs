@@ -65,7 +65,7 @@ impl Events for Told {
         let Err(e) = result else { return };
         // Of an outgoing one the engine has told already.
         if self.incoming {
-            eprintln!("tern: incoming migration: {e}");
+            crate::tell!("tern: incoming migration: {e}");
             // As QEMU's: a destination without a guest has nothing left to do.
             let _ = self.requests.send(Request::Quit(1));
         }

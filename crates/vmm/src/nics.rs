@@ -15,7 +15,8 @@ pub struct Nic {
     device: String,
     netdev: String,
     mac: [u8; 6],
-    description: String,
+    /// Of the back end, for `info network`.
+    info: String,
     handle: NetHandle,
 }
 
@@ -55,7 +56,7 @@ impl Nic {
             device: device.to_owned(),
             netdev: backend.id.clone(),
             mac: net.mac,
-            description: format!("type=tap,ifname={name},queues={queues}"),
+            info: format!("ifname={name},queues={queues}"),
             handle: virtio.handle(),
         };
         Ok((nic, Box::new(virtio)))
@@ -76,11 +77,10 @@ impl Nic {
         let mac: Vec<_> = self.mac.iter().map(|b| format!("{b:02x}")).collect();
         json!({
             "name": self.device,
-            "model": "virtio-net-pci",
-            "macaddr": mac.join(":"),
-            "netdev": self.netdev,
-            "backend": self.description,
+            "type": "nic",
+            "info": format!("model=virtio-net-pci,macaddr={}", mac.join(":")),
             "link": self.handle.link(),
+            "peer": {"name": self.netdev, "type": "tap", "info": self.info},
         })
     }
 }

@@ -23,7 +23,7 @@ pub fn run(spec: spec::Machine, ready: impl FnOnce()) -> i32 {
     match try_run(spec, ready) {
         Ok(status) => status,
         Err(e) => {
-            eprintln!("tern: {e}");
+            crate::tell!("tern: {e}");
             1
         }
     }
@@ -36,7 +36,7 @@ pub fn prepare_process() {
 
 fn try_run(spec: spec::Machine, ready: impl FnOnce()) -> Result<i32, String> {
     for warning in &spec.warnings {
-        eprintln!("tern: warning: {warning}");
+        crate::tell!("tern: warning: {warning}");
     }
     let (requests, asked) = crossbeam_channel::unbounded();
     signals::watch(requests.clone()).map_err(|e| format!("signal thread: {e}"))?;
@@ -83,7 +83,7 @@ fn open_chardevs(
     }
     for (chardev, config) in all.iter().zip(&spec.chardevs) {
         if matches!(config.kind, spec::ChardevKind::Socket { server: true, wait: true, .. }) {
-            eprintln!("tern: info: waiting for a connection: {}", config.told());
+            crate::tell!("tern: info: waiting for a connection: {}", config.told());
         }
         chardev.wait_connected();
     }

@@ -41,7 +41,7 @@ pub fn watch(requests: Sender<Request>) -> std::io::Result<()> {
             if result == 0 && !STARTED.load(Ordering::SeqCst) {
                 // Starting may wait for a client, or touch much memory; nothing runs yet that
                 // must be brought to an end.
-                eprintln!("tern: ended by signal {signal} before the machine was up");
+                crate::tell!("tern: ended by signal {signal} before the machine was up");
                 std::process::exit(1);
             }
             if result == 0 && requests.send(Request::Signal(signal)).is_err() {
