@@ -117,7 +117,7 @@ fn run_switch(args: &TestArgs, programs: &[PathBuf], tern: &Path, guest: &Guest)
     let mut env = env.to_vec();
     match qemu::newest() {
         Ok(newest) => env.push(("TERN_NEWEST_QEMU".into(), newest.words().join("\n"))),
-        Err(e) => println!("{e}: guests migrate under the installed QEMU, which may lose one"),
+        Err(e) => println!("{e}: guests migrate under the installed QEMU"),
     }
     run_programs(Host::Native, programs, &env, SWITCH_LIMIT).map(|(code, _)| code)
 }

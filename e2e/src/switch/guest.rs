@@ -28,8 +28,8 @@ pub struct Card {
     pub number: u8,
     /// More properties of the virtio device, each with a comma in front.
     pub more: String,
-    /// Under the newest QEMU that there is. The software CPU of 7.2 now and then misses that the
-    /// guest has written to a page, and a migration then leaves that page behind.
+    /// Under the newest QEMU that there is. Under 7.2 a guest that had moved panicked over its own
+    /// kernel's lists; whether its software CPU or our log missed a page is not known.
     pub newest: bool,
 }
 
