@@ -16,6 +16,9 @@ use crate::{Error, Result};
 
 /// The host's address on the bridge.
 pub const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+/// Its Ethernet address. A bridge without one of its own has the lowest of its ports', so that it
+/// changes as taps come and go: answers on their way to the old one would be lost.
+const HOST_MAC: &str = "52:54:00:77:00:01";
 /// The first guest's.
 pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 /// Of both.
@@ -58,7 +61,10 @@ impl Network {
                 .context(|| "a network namespace needs root's rights".into());
         }
         ip("link set lo up")?;
-        ip("link add br0 type bridge forward_delay 0 stp_state 0 mcast_snooping 0")?;
+        ip(&format!(
+            "link add br0 address {HOST_MAC} type bridge forward_delay 0 stp_state 0 \
+             mcast_snooping 0"
+        ))?;
         ip(&format!("addr add {HOST}/{PREFIX} dev br0"))?;
         ip("link set br0 up")?;
         Ok(Self { taps: 0 })
