@@ -7,6 +7,7 @@ use e2e::guest::control::{Order, Status};
 use e2e::link::{Control, Stream};
 use e2e::migration::migrate;
 use e2e::network::{self, Tap};
+use e2e::ping::Pinger;
 use e2e::testbed::{BOOT, Bed, is_tern};
 use e2e::vmm::{Config, Vmm};
 use serde_json::{Value, json};
@@ -64,6 +65,7 @@ fn migrate_once(name: &str, words: &str, uri: impl Fn(&Bed) -> String) {
     let (mut to, _tap) = destination(&mut bed, &work.config, &uri);
     assert_eq!(to.status().unwrap(), "inmigrate");
     let before = work.guest.order(&Order::Status).unwrap();
+    let pinger = Pinger::start(network::GUEST, Duration::from_millis(10)).unwrap();
     let report = migrate(&mut work.vm, &mut to, &uri).unwrap();
     assert_eq!(to.status().unwrap(), "running");
     assert_eq!(work.vm.status().unwrap(), "postmigrate");
@@ -71,6 +73,11 @@ fn migrate_once(name: &str, words: &str, uri: impl Fn(&Bed) -> String) {
     assert_good(&after);
     assert!(after.uptime_ms > before.uptime_ms && after.uptime_ms < before.uptime_ms + 60_000.0);
     assert_at_work(&mut work.guest);
+    let pings = pinger.finish();
+    assert!(pings.sent > 50, "{pings:?}");
+    if is_tern() {
+        assert_eq!((pings.lost, pings.doubled), (0, 0), "{pings:?}");
+    }
     assert!(work.stream.is_alive());
     assert_eq!(work.stream.finish().bad, 0);
     assert!(report.total_ms > 0.0 && !report.rounds.is_empty(), "{report:?}");

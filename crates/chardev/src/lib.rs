@@ -39,6 +39,12 @@ pub trait Frontend: Send + Sync {
     fn receive(&self, data: &[u8], fds: Vec<OwnedFd>);
     /// A client connected (for stdio, file, null: once at the start).
     fn opened(&self);
+    /// The client sends no more but may still read (`shutdown(2)` of its writing side, as `printf
+    /// ... | socat` does). `true`: the front end has answers to give, and calls
+    /// [`Chardev::disconnect`] when they are out. `false`: the client is let go at once.
+    fn input_ended(&self) -> bool {
+        false
+    }
     /// The client went away.
     fn closed(&self);
     /// On a mux: this front end gets the keys from now on (`true`), or no longer does. A monitor

@@ -433,7 +433,7 @@ impl Worker {
         let Some(link) = &self.link else { return };
         let size = room.min(self.buffer.len());
         match link.read(&mut self.buffer[..size]) {
-            Ok((0, _)) => self.end_of_input(),
+            Ok((0, _)) => self.end_of_input(events & libc::POLLHUP != 0),
             Ok((n, fds)) => {
                 if let Some(front) = &self.opened {
                     front.receive(&self.buffer[..n], fds);
@@ -442,19 +442,24 @@ impl Worker {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 if events & libc::POLLIN == 0 {
-                    self.end_of_input();
+                    self.end_of_input(true);
                 }
             }
             Err(e) => {
                 tracing::debug!("chardev '{}': cannot read: {e}", self.shared.label);
-                self.end_of_input();
+                self.end_of_input(true);
             }
         }
     }
 
-    fn end_of_input(&mut self) {
+    /// `gone`: the client does not read any more either.
+    fn end_of_input(&mut self, gone: bool) {
+        let front = &self.opened;
         match &mut self.link {
             Some(link) if link.at_end == AtEnd::KeepWriting => link.input = None,
+            Some(link) if !gone && front.as_ref().is_some_and(|f| f.input_ended()) => {
+                link.input = None;
+            }
             _ => {
                 self.flush();
                 self.detach();

@@ -69,6 +69,8 @@ struct Inbox {
 enum Item {
     /// With the client's number.
     Opened(u64),
+    /// The client sends no more, and may still read.
+    InputEnded,
     Closed,
     Focus(bool),
     Data(Vec<u8>, Vec<OwnedFd>),
@@ -124,7 +126,12 @@ impl Monitor {
         name: &str,
         run: impl FnOnce(&Link) + Send + 'static,
     ) -> std::io::Result<Self> {
-        let link = Link { shared: shared.clone(), chardev: chardev.clone(), serving: Cell::new(0) };
+        let link = Link {
+            shared: shared.clone(),
+            chardev: chardev.clone(),
+            serving: Cell::new(0),
+            input_ended: Cell::new(false),
+        };
         let worker = std::thread::Builder::new()
             .name(format!("{name}-{}", chardev.label()))
             .spawn(move || run(&link))?;
@@ -175,7 +182,7 @@ impl Shared {
                 inbox.open = false;
                 inbox.events.clear();
             }
-            Item::Focus(_) => {}
+            Item::Focus(_) | Item::InputEnded => {}
             Item::Data(bytes, _) => inbox.waiting += bytes.len(),
         }
         inbox.items.push_back(item);
@@ -199,6 +206,11 @@ impl Frontend for Shared {
     fn opened(&self) {
         let client = self.inbox.lock().client + 1;
         self.push(Item::Opened(client));
+    }
+
+    fn input_ended(&self) -> bool {
+        self.push(Item::InputEnded);
+        true
     }
 
     fn closed(&self) {
@@ -232,6 +244,8 @@ struct Link {
     chardev: Arc<dyn Chardev>,
     /// The client whose input is being worked on; the connected one may be another by now.
     serving: Cell<u64>,
+    /// That client sends no more: it is let go when it has its last answer.
+    input_ended: Cell<bool>,
 }
 
 /// What woke the worker.
@@ -250,6 +264,20 @@ impl Link {
         let mut ticking = false;
         while let Some(work) = self.next(ticking) {
             ticking = step(self, work);
+            if self.input_ended.get() && !ticking {
+                self.let_go();
+            }
+        }
+    }
+
+    /// Ends the connection of a client that sends no more, once it has read what it was sent.
+    fn let_go(&self) {
+        self.input_ended.set(false);
+        if self.connected() {
+            self.chardev.drain(Instant::now() + WRITE_PATIENCE);
+        }
+        if self.connected() {
+            self.chardev.disconnect();
         }
     }
 
@@ -273,8 +301,14 @@ impl Link {
                 if let Item::Data(bytes, _) = &item {
                     inbox.waiting -= bytes.len();
                 }
-                if let Item::Opened(client) = &item {
-                    self.serving.set(*client);
+                match &item {
+                    Item::Opened(client) => {
+                        self.serving.set(*client);
+                        self.input_ended.set(false);
+                    }
+                    Item::InputEnded => self.input_ended.set(true),
+                    Item::Closed => self.input_ended.set(false),
+                    Item::Focus(_) | Item::Data(..) => {}
                 }
                 let resume = inbox.full && inbox.waiting < MAX_INPUT / 2;
                 if resume {
@@ -352,7 +386,7 @@ fn qmp_item(session: &mut QmpSession, link: &Link, commands: &dyn Commands, work
             tracing::warn!("monitor {}: too many events wait", link.chardev.label());
             link.chardev.disconnect();
         }
-        Work::Item(Item::Focus(_)) | Work::Tick => {}
+        Work::Item(Item::Focus(_) | Item::InputEnded) | Work::Tick => {}
     }
     false
 }
@@ -390,7 +424,7 @@ fn hmp_item(session: &mut HmpSession, link: &Link, commands: &dyn Commands, work
             return false;
         }
         Work::Item(Item::Focus(true)) => session.focus(),
-        Work::Item(Item::Focus(false)) => return session.waiting(),
+        Work::Item(Item::Focus(false) | Item::InputEnded) => return session.waiting(),
         Work::Item(Item::Data(bytes, _)) => session.receive(&bytes, commands),
         Work::Tick => session.tick(commands),
         Work::Event(_) | Work::Overflow => return session.waiting(),

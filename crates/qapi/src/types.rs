@@ -90,71 +90,6 @@ pub struct ChardevInfo {
     pub frontend_open: bool,
 }
 
-/// One of `query-block`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct BlockInfo {
-    /// The `-drive` id, empty for `-blockdev`.
-    pub device: String,
-    /// "/machine/peripheral/ID/virtio-backend".
-    pub qdev: String,
-    /// Always "unknown", as in QEMU.
-    #[serde(rename = "type")]
-    pub kind: String,
-    pub removable: bool,
-    pub locked: bool,
-    /// "ok", "failed" or "nospace".
-    pub io_status: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub inserted: Option<BlockDeviceInfo>,
-}
-
-/// `query-block`'s `inserted`. The limits (`bps`, `iops`) are zero: there is no throttling.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
-pub struct BlockDeviceInfo {
-    pub file: String,
-    #[serde(rename = "node-name")]
-    pub node_name: String,
-    pub ro: bool,
-    /// "raw".
-    pub drv: String,
-    pub backing_file_depth: u32,
-    pub encrypted: bool,
-    /// "off".
-    pub detect_zeroes: String,
-    pub bps: u64,
-    pub bps_rd: u64,
-    pub bps_wr: u64,
-    pub iops: u64,
-    pub iops_rd: u64,
-    pub iops_wr: u64,
-    pub image: ImageInfo,
-    pub cache: BlockCache,
-    pub write_threshold: u64,
-}
-
-/// An image.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
-#[serde(rename_all = "kebab-case")]
-pub struct ImageInfo {
-    pub filename: String,
-    /// "raw".
-    pub format: String,
-    /// Bytes the guest sees.
-    pub virtual_size: u64,
-    /// Bytes taken on the host.
-    pub actual_size: u64,
-}
-
-/// Cache modes of a disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
-#[serde(rename_all = "kebab-case")]
-pub struct BlockCache {
-    pub no_flush: bool,
-    pub direct: bool,
-    pub writeback: bool,
-}
-
 /// One of `x-query-network`: a NIC and its back end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkInfo {
@@ -283,11 +218,5 @@ mod tests {
                    "qom-path": "/machine/unattached/device[0]", "cpu-index": 1,
                    "target": "x86_64"})
         );
-        let inserted = serde_json::to_value(BlockDeviceInfo::default()).unwrap();
-        for name in ["node-name", "backing_file_depth", "detect_zeroes", "bps_rd", "iops_wr"] {
-            assert!(inserted.get(name).is_some(), "{name}");
-        }
-        assert!(inserted["image"].get("virtual-size").is_some());
-        assert!(inserted["cache"].get("no-flush").is_some());
     }
 }

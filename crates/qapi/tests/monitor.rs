@@ -138,6 +138,27 @@ fn one_client_after_another_gets_a_greeting_and_none_of_the_others_state() {
 }
 
 #[test]
+fn a_client_that_sends_no_more_still_gets_every_answer() {
+    for hmp in [false, true] {
+        let w = world(hmp);
+        for _ in 0..20 {
+            let mut stream = UnixStream::connect(&w.path).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            let asked: &[u8] = match hmp {
+                true => b"info status\n",
+                false => br#"{"execute":"qmp_capabilities"}{"execute":"query-status"}"#,
+            };
+            stream.write_all(asked).unwrap();
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            let mut answers = String::new();
+            // Until the monitor hangs up.
+            stream.read_to_string(&mut answers).unwrap();
+            assert!(answers.contains("running"), "{answers:?}");
+        }
+    }
+}
+
+#[test]
 fn hmp_through_qmp_and_errors() {
     let w = world(false);
     let mut c = Client::ready(&w.path);

@@ -109,6 +109,9 @@ pub struct Load {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockNode {
     pub node_name: String,
+    /// The name is a drive's id (`-drive`), not a node's.
+    #[serde(default)]
+    pub drive: bool,
     pub driver: BlockDriver,
     pub read_only: bool,
     /// `cache.direct`: O_DIRECT.

@@ -225,6 +225,7 @@ fn add_disk(machine: &mut Machine, index: usize, text: &str) -> Result<(), Strin
 fn block(name: &str, driver: BlockDriver, read_only: bool) -> BlockNode {
     BlockNode {
         node_name: name.into(),
+        drive: false,
         driver,
         read_only,
         direct: false,

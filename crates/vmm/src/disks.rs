@@ -11,8 +11,9 @@ use virtio::VirtioDevice;
 /// An open disk with the names that it goes by.
 pub struct Disk {
     pub image: Arc<block::Disk>,
-    /// The description's node name (libvirt's) or `-drive` id.
-    node: String,
+    /// The description's node name (libvirt's), or of a `-drive` its id.
+    name: String,
+    is_drive: bool,
     /// The device's unit name.
     device: String,
     path: PathBuf,
@@ -49,7 +50,8 @@ impl Disk {
             take_locks: !incoming,
         };
         let image = block::Disk::open(&options).map_err(|e| e.to_string())?;
-        Ok(Self { image, node: blk.drive.clone(), device: device.to_owned(), path, cache })
+        let (name, device) = (blk.drive.clone(), device.to_owned());
+        Ok(Self { image, name, is_drive: chain.drive, device, path, cache })
     }
 
     /// The virtio-blk device on it.
@@ -81,8 +83,12 @@ impl Disk {
         let file = self.path.display().to_string();
         // Blocks of 512 bytes, whatever the file system's are (stat(2)); a device takes no room.
         let allocated = std::fs::metadata(&self.path).map_or(0, |m| m.blocks() * 512);
-        json!({
-            "device": "",
+        let (drive, node) = match self.is_drive {
+            true => (self.name.as_str(), None),
+            false => ("", Some(&self.name)),
+        };
+        let mut entry = json!({
+            "device": drive,
             "qdev": format!("/machine/peripheral/{}/virtio-backend", self.device),
             "locked": false,
             "removable": false,
@@ -90,7 +96,6 @@ impl Disk {
             "io-status": "ok",
             "inserted": {
                 "file": file,
-                "node-name": self.node,
                 "drv": "raw",
                 "ro": self.image.read_only(),
                 "encrypted": false,
@@ -111,7 +116,11 @@ impl Disk {
                     "dirty-flag": false,
                 },
             },
-        })
+        });
+        if let Some(node) = node {
+            entry["inserted"]["node-name"] = json!(node);
+        }
+        entry
     }
 }
 
@@ -144,6 +153,8 @@ pub fn check_idle(spec: &spec::Machine) -> Result<(), String> {
 
 /// A file and what the nodes above it say.
 struct Chain {
+    /// The top's name is a drive's id.
+    drive: bool,
     path: PathBuf,
     read_only: bool,
     auto_read_only: bool,
@@ -168,6 +179,7 @@ fn resolve(spec: &spec::Machine, name: &str) -> Result<Chain, String> {
             spec::BlockDriver::Raw { file } => at = node(file)?,
             spec::BlockDriver::File { filename } => {
                 return Ok(Chain {
+                    drive: top.drive,
                     path: filename.clone(),
                     read_only: top.read_only || at.read_only,
                     auto_read_only: top.auto_read_only || at.auto_read_only,

@@ -245,8 +245,8 @@ impl Builder {
         node.locking &= short.unwrap_or(true);
         o.finish()?;
         let (read_only, file) = (node.read_only, file_node);
-        let top =
-            BlockNode { node_name: id.clone(), driver: BlockDriver::Raw { file }, ..node.clone() };
+        let driver = BlockDriver::Raw { file };
+        let top = BlockNode { node_name: id.clone(), drive: true, driver, ..node.clone() };
         self.machine.blocks.extend([node, top]);
         self.drives.push(Drive {
             id,
@@ -285,6 +285,7 @@ fn node_options(
     let discard = o.or_default("discard");
     Ok(BlockNode {
         node_name,
+        drive: false,
         driver,
         read_only: o.flag("read-only")?,
         direct: o.flag("cache.direct")?,

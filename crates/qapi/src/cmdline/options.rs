@@ -165,7 +165,11 @@ pub const OPTIONS: &[OptionSpec] = &[
     }),
     other("show-cursor", "", NO_SCREEN),
     other("smbios", "ARG", Action::Refuse("SMBIOS tables are not available")),
-    run("smp", "[cpus=]N[,maxcpus=,sockets=,dies=,clusters=,cores=,threads=]", Builder::smp),
+    run(
+        "smp",
+        "[cpus=]N[,maxcpus=N (no more than cpus),sockets=,dies=,clusters=,cores=,threads=]",
+        Builder::smp,
+    ),
     other("snapshot", "", Action::Refuse("temporary overlays are not available")),
     other("soundhw", "ARG", NO_SOUND),
     other("spice", "ARG", NO_DISPLAY),
