@@ -190,8 +190,17 @@ pub fn find(name: &str) -> Option<&'static OptionSpec> {
     OPTIONS.iter().find(|o| o.name == name)
 }
 
+const EXAMPLE: &str = "\
+Example:
+  tern qemu -M q35 -m 1G -smp 2 -kernel vmlinuz -initrd initrd.img -append console=ttyS0 \\
+    -drive file=disk.raw,format=raw,if=virtio -nic tap,model=virtio-net-pci,ifname=tap0 \\
+    -nographic
+
+-OPTION help or -device DRIVER,help lists the keys of one.
+";
+
 fn help(_: &mut Builder, _: &str, _: &str) -> Taken {
-    let mut text = format!("{}usage: tern qemu [options]\n\n", version_text());
+    let mut text = format!("{}usage: tern qemu [options]\n\n{EXAMPLE}\n", version_text());
     for option in OPTIONS {
         if matches!(option.action, Action::Run(_) | Action::Nothing) {
             text += &format!("-{} {}\n", option.name, option.argument.unwrap_or_default());

@@ -409,7 +409,8 @@ mod tests {
                         "precopy-bytes": 95550516, "duplicate": 106509, "dirty-pages-rate": 0,
                         "skipped": 0, "normal-bytes": 102076416, "normal": 24921
                     },
-                    "downtime-phases": {"quiesce": 1.5, "device": 2}
+                    "downtime-phases": {"quiesce": 1.5, "device": 2},
+                    "rounds": [{"at-us": 5, "stopped": false}, {"at-us": 9, "stopped": true}]
                 }),
                 "query-block" => json!([{
                     "device": "virtio0", "qdev": "/machine/peripheral-anon/device[0]/virtio-backend",
@@ -451,7 +452,8 @@ mod tests {
             skipped: 0 pages\nnormal: 24921 pages\nnormal bytes: 99684 kbytes\n\
             dirty sync count: 3\npage size: 4 kbytes\nmultifd bytes: 0 kbytes\n\
             pages-per-second: 103801\nprecopy ram: 93311 kbytes\ndowntime ram: 7503 kbytes\n\
-            downtime phases:\n  quiesce: 1.5\n  device: 2\n";
+            downtime phases:\n  quiesce: 1.5\n  device: 2\n\
+            rounds:\n  at us 5, stopped false\n  at us 9, stopped true\n";
         assert_eq!(hmp("info migrate"), expected);
         assert_eq!(
             hmp("info block"),

@@ -230,6 +230,16 @@ fn extra(name: &str, value: &Value, out: &mut String, depth: usize) {
             let _ = writeln!(out, "{indent}{label}:");
             members.iter().for_each(|(name, value)| extra(name, value, out, depth + 1));
         }
+        // A line each, as of a table: a round and what it cost.
+        Value::Array(items) if items.iter().any(Value::is_object) => {
+            let _ = writeln!(out, "{indent}{label}:");
+            for members in items.iter().filter_map(Value::as_object) {
+                let cells = members
+                    .iter()
+                    .map(|(name, value)| format!("{} {}", name.replace('-', " "), text(value)));
+                let _ = writeln!(out, "{indent}  {}", cells.collect::<Vec<_>>().join(", "));
+            }
+        }
         Value::Array(items) if depth < 4 => {
             let items: Vec<String> = items.iter().map(text).collect();
             let _ = writeln!(out, "{indent}{label}: {}", items.join(", "));
