@@ -55,6 +55,9 @@ fn talk_on_the_console(name: &str) {
         }
     };
     wait("TERN-GUEST READY");
+    let second = tern(&["console", name]).stdin(Stdio::null()).output().unwrap();
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert!(!second.status.success() && said.contains("is taken"), "{said}");
     typed.write_all(b"{\"op\":\"status\"}\n").unwrap();
     let reply = wait("TERN-GUEST REPLY");
     assert!(reply.contains("uptime_ms"), "{reply}");

@@ -186,7 +186,7 @@ fn a_client_that_reads_nothing_harms_nobody() {
     for n in 0..100_000 {
         w.events.emit("MIGRATION_PASS", Some(json!({"pass": n})));
     }
-    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(start.elapsed() < Duration::from_secs(9));
     drop(stalled);
     let mut c = Client::ready(&w.path);
     c.send(r#"{"execute":"query-status"}"#);

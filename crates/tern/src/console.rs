@@ -5,7 +5,9 @@ use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
-use crate::{Outcome, runtime_dir};
+use serde_json::json;
+
+use crate::{Outcome, client, runtime_dir};
 
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  tern console vm1        (Ctrl-] leaves)")]
@@ -19,6 +21,14 @@ const ESCAPE: u8 = 0x1d;
 
 pub fn run(args: &Args) -> Outcome {
     let vm = runtime_dir::find(&args.name)?;
+    if stays_taken(&vm) {
+        return Err(format!(
+            "the console of VM {} is taken: somebody is connected to it, and it serves one at a \
+             time. End that connection first (Ctrl-] leaves `tern console`)",
+            vm.name
+        )
+        .into());
+    }
     let stream = match UnixStream::connect(vm.console_socket()) {
         Ok(stream) => stream,
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
@@ -46,6 +56,24 @@ pub fn run(args: &Args) -> Outcome {
         End::Closed => vmm::tell!("\nThe console of VM {} was closed.", vm.name),
     }
     Ok(0)
+}
+
+/// A client that has just left may still be counted for a moment.
+fn stays_taken(vm: &runtime_dir::Entry) -> bool {
+    (0..5).all(|attempt| {
+        std::thread::sleep(std::time::Duration::from_millis(if attempt > 0 { 100 } else { 0 }));
+        is_taken(vm)
+    })
+}
+
+/// Whether the console serves somebody. A second client is let in only after the first, and would
+/// wait before a dark screen.
+fn is_taken(vm: &runtime_dir::Entry) -> bool {
+    let path = vm.console_socket().display().to_string();
+    let Ok(chardevs) = client::execute(vm, "query-chardev", json!({})) else { return false };
+    let name = |chardev: &serde_json::Value| chardev["filename"].as_str().map(str::to_owned);
+    let mut names = chardevs.as_array().into_iter().flatten().filter_map(name);
+    names.any(|name| name.contains(&path) && !name.starts_with("disconnected:"))
 }
 
 enum End {
