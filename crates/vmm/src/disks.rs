@@ -83,11 +83,12 @@ impl Disk {
         let file = self.path.display().to_string();
         // Blocks of 512 bytes, whatever the file system's are (stat(2)); a device takes no room.
         let allocated = std::fs::metadata(&self.path).map_or(0, |m| m.blocks() * 512);
+        // A drive's node has a made-up name, as in QEMU; '#' keeps it apart from users' names.
         let (drive, node) = match self.is_drive {
-            true => (self.name.as_str(), None),
-            false => ("", Some(&self.name)),
+            true => (self.name.as_str(), format!("#{}", self.name)),
+            false => ("", self.name.clone()),
         };
-        let mut entry = json!({
+        json!({
             "device": drive,
             "qdev": format!("/machine/peripheral/{}/virtio-backend", self.device),
             "locked": false,
@@ -96,6 +97,7 @@ impl Disk {
             "io-status": "ok",
             "inserted": {
                 "file": file,
+                "node-name": node,
                 "drv": "raw",
                 "ro": self.image.read_only(),
                 "encrypted": false,
@@ -116,11 +118,7 @@ impl Disk {
                     "dirty-flag": false,
                 },
             },
-        });
-        if let Some(node) = node {
-            entry["inserted"]["node-name"] = json!(node);
-        }
-        entry
+        })
     }
 }
 
