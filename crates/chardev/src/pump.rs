@@ -397,6 +397,10 @@ impl Worker {
                 match link.output_fd() {
                     -1 => self.discard_output(),
                     fd if output => set[2] = sys::pollfd(fd, libc::POLLOUT),
+                    // Nothing is read any more that would tell of the client's end.
+                    fd if link.input.is_none() && link.at_end == AtEnd::Disconnect => {
+                        set[2] = sys::pollfd(fd, 0);
+                    }
                     _ => {}
                 }
                 timeout = self.gone_at.map(|at| GRACE.saturating_sub(at.elapsed()));
@@ -412,8 +416,10 @@ impl Worker {
         if self.link.is_none() {
             return Ok(()); // The loop asks the source.
         }
-        if set[2].revents != 0 {
+        if set[2].revents != 0 && output {
             self.flush();
+        } else if set[2].revents != 0 {
+            self.detach();
         }
         if set[1].revents != 0 {
             self.input(room, set[1].revents);

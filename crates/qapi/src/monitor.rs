@@ -273,8 +273,14 @@ impl Link {
     /// Ends the connection of a client that sends no more, once it has read what it was sent.
     fn let_go(&self) {
         self.input_ended.set(false);
-        if self.connected() {
-            self.chardev.drain(Instant::now() + WRITE_PATIENCE);
+        let until = Instant::now() + WRITE_PATIENCE;
+        while self.connected() && Instant::now() < until && !self.shared.inbox.lock().stop {
+            // In slices, so that a client that does not read cannot hold up the end of the VM.
+            let slice = Instant::now() + TICK;
+            self.chardev.drain(slice);
+            if Instant::now() < slice {
+                break; // all is out
+            }
         }
         if self.connected() {
             self.chardev.disconnect();

@@ -87,7 +87,7 @@ struct Client {
 impl Client {
     fn new(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         Self { reader: BufReader::new(stream) }
     }
     fn ready(path: &Path) -> Self {
@@ -143,7 +143,7 @@ fn a_client_that_sends_no_more_still_gets_every_answer() {
         let w = world(hmp);
         for _ in 0..20 {
             let mut stream = UnixStream::connect(&w.path).unwrap();
-            stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
             let asked: &[u8] = match hmp {
                 true => b"info status\n",
                 false => br#"{"execute":"qmp_capabilities"}{"execute":"query-status"}"#,
@@ -186,7 +186,7 @@ fn a_client_that_reads_nothing_harms_nobody() {
     for n in 0..100_000 {
         w.events.emit("MIGRATION_PASS", Some(json!({"pass": n})));
     }
-    assert!(start.elapsed() < Duration::from_secs(9));
+    assert!(start.elapsed() < Duration::from_secs(5));
     drop(stalled);
     let mut c = Client::ready(&w.path);
     c.send(r#"{"execute":"query-status"}"#);

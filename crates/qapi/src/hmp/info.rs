@@ -231,7 +231,7 @@ fn extra(name: &str, value: &Value, out: &mut String, depth: usize) {
             members.iter().for_each(|(name, value)| extra(name, value, out, depth + 1));
         }
         // A line each, as of a table: a round and what it cost.
-        Value::Array(items) if items.iter().any(Value::is_object) => {
+        Value::Array(items) if items.first().is_some_and(Value::is_object) => {
             let _ = writeln!(out, "{indent}{label}:");
             for members in items.iter().filter_map(Value::as_object) {
                 let cells = members
