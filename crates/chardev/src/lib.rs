@@ -65,8 +65,7 @@ pub trait Chardev: Send + Sync {
     /// Connects the front end (one; a mux takes several) and begins to read.
     fn connect(&self, frontend: Arc<dyn Frontend>);
     /// Sends bytes to the client. Never blocks: what exceeds the bounded queue of a client that
-    /// does not read is dropped for a serial port's stream, or costs a monitor's client its
-    /// connection ([`Overflow`]). Returns how many bytes were taken; 0 when nobody is connected.
+    /// does not read is not taken. Returns how many bytes were; 0 when nobody is connected.
     fn write(&self, data: &[u8]) -> usize;
     /// The front end has room again.
     fn resume_input(&self);
@@ -85,23 +84,12 @@ pub trait Chardev: Send + Sync {
     fn close(&self) {}
 }
 
-/// What happens when a client does not read and its queue is full.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Overflow {
-    /// What does not fit is lost: a serial port's stream.
-    Drop,
-    /// A socket's client is disconnected (others lose what does not fit): a monitor's stream, which
-    /// is worth nothing with holes in it.
-    Disconnect,
-}
-
 /// Called when the user asks to end the VM at the mux (C-a x).
 pub type QuitCallback = Arc<dyn Fn() + Send + Sync>;
 
 /// How a chardev is to behave for what it will be connected to.
 #[derive(Clone)]
 pub struct Options {
-    pub overflow: Overflow,
     /// Most bytes of output waiting for the client.
     pub queue_limit: usize,
     /// Called on the chardev's thread at C-a x of a mux; without it the key does nothing.
@@ -109,14 +97,14 @@ pub struct Options {
 }
 
 impl Options {
-    /// For a serial port: 256 KiB, and what overflows is dropped.
+    /// For a serial port: 256 KiB.
     pub fn serial() -> Self {
-        Self { overflow: Overflow::Drop, queue_limit: 256 << 10, on_quit: None }
+        Self { queue_limit: 256 << 10, on_quit: None }
     }
 
-    /// For a monitor: 1 MiB, and a client that lets it overflow is disconnected.
+    /// For a monitor: 1 MiB.
     pub fn monitor() -> Self {
-        Self { overflow: Overflow::Disconnect, queue_limit: 1 << 20, on_quit: None }
+        Self { queue_limit: 1 << 20, on_quit: None }
     }
 
     /// Sets what C-a x on a mux calls.

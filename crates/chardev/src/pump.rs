@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  waiting (a Source: listener, reconnect timer, pty without a slave)
-//!     | a Link                             ^ end of input, error, overflow, disconnect()
+//!     | a Link                             ^ end of input, error, disconnect()
 //!     v                                    |
 //!  connected: queue -> link, link -> front end
 //! ```
@@ -24,7 +24,7 @@ use parking_lot::{Condvar, Mutex};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::link::{AtEnd, Link};
-use crate::{Chardev, Error, Frontend, Options, Overflow, sys};
+use crate::{Chardev, Error, Frontend, Options, sys};
 
 /// Bytes moved at a time.
 const CHUNK: usize = 64 << 10;
@@ -88,8 +88,6 @@ struct State {
     stop: bool,
     /// The thread has ended.
     ended: bool,
-    /// Bytes lost to a full queue since the last report.
-    dropped: u64,
     name: String,
 }
 
@@ -147,7 +145,6 @@ impl Pump {
                 woken: false,
                 stop: false,
                 ended: false,
-                dropped: 0,
                 name,
             }),
             changed: Condvar::new(),
@@ -212,20 +209,10 @@ impl Chardev for Pump {
             state.log.extend(&data[..n]);
         }
         let room = limit.saturating_sub(state.out.len());
-        let taken = if !state.connected || state.hang_up {
-            0
-        } else if data.len() > room && self.shared.options.overflow == Overflow::Disconnect {
-            state.hang_up = true;
-            state.dropped += data.len() as u64;
-            0
-        } else {
-            data.len().min(room)
-        };
-        if state.connected && !state.hang_up {
-            state.dropped += (data.len() - taken) as u64;
-        }
+        let listening = state.connected && !state.hang_up;
+        let taken = if listening { data.len().min(room) } else { 0 };
         state.out.extend(&data[..taken]);
-        if taken > 0 || self.shared.has_log || state.hang_up {
+        if taken > 0 || self.shared.has_log {
             self.shared.wake(&mut state);
         }
         taken
@@ -291,7 +278,6 @@ struct Requests {
     hang_up: bool,
     stop: bool,
     output: bool,
-    dropped: u64,
 }
 
 /// The thread's own side.
@@ -324,13 +310,6 @@ impl Worker {
         let _ended = Ended(self.shared.clone());
         loop {
             let asked = self.take_requests();
-            if asked.dropped > 0 {
-                tracing::debug!(
-                    "chardev '{}': {} bytes lost, the client does not read",
-                    self.shared.label,
-                    asked.dropped
-                );
-            }
             self.write_log();
             if asked.stop {
                 break;
@@ -373,7 +352,6 @@ impl Worker {
             hang_up: std::mem::take(&mut state.hang_up) && self.link.is_some(),
             stop: state.stop,
             output: !state.out.is_empty(),
-            dropped: std::mem::take(&mut state.dropped),
         }
     }
 

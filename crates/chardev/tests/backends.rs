@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use chardev::{Chardev, Options, Overflow};
+use chardev::{Chardev, Options};
 use common::{Recorder, eventually};
 use spec::{ChardevKind, SocketAddress};
 
@@ -89,11 +89,11 @@ fn a_file_stays_open_whatever_overflows() {
     let kind = ChardevKind::File { path: path.clone(), append: false };
     let options = Options { queue_limit: 10, ..Options::monitor() };
     let file = chardev::open(&config(kind), options).unwrap();
-    assert_eq!(file.write(&[b'x'; 11]), 0);
+    assert_eq!(file.write(&[b'x'; 11]), 10);
     file.disconnect();
     eventually("it takes more", || file.write(b"fits") == 4);
     drop(file);
-    assert_eq!(std::fs::read(&path).unwrap(), b"fits");
+    assert_eq!(std::fs::read(&path).unwrap(), b"xxxxxxxxxxfits");
 }
 
 #[test]
@@ -145,7 +145,7 @@ fn disconnect_ends_the_client_and_the_server_listens_on() {
 }
 
 #[test]
-fn a_monitors_client_that_does_not_read_is_disconnected() {
+fn what_a_client_does_not_read_is_bounded_and_it_can_be_sent_away() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let server = chardev::open(&unix(&path, true, 0), Options::monitor()).unwrap();
@@ -163,6 +163,7 @@ fn a_monitors_client_that_does_not_read_is_disconnected() {
         assert!(taken < 16 << 20, "the queue has no bound");
     }
     assert!(started.elapsed() < Duration::from_secs(5));
+    server.disconnect();
     eventually("closed", || front.closed() == 1);
     let mut got = Vec::new();
     client.read_to_end(&mut got).unwrap();
@@ -173,10 +174,10 @@ fn a_monitors_client_that_does_not_read_is_disconnected() {
 }
 
 #[test]
-fn a_serial_ports_overflow_is_dropped_and_the_client_stays() {
+fn what_overflows_is_not_taken_and_the_client_stays() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
-    let options = Options { overflow: Overflow::Drop, queue_limit: 64 << 10, ..Options::serial() };
+    let options = Options { queue_limit: 64 << 10, ..Options::serial() };
     let server = chardev::open(&unix(&path, true, 0), options).unwrap();
     let front = Recorder::new(1000);
     server.connect(front.clone());

@@ -364,7 +364,7 @@ impl VirtioDevice for VirtioNet {
         self.handle().announce();
     }
 
-    fn late_input(&mut self) -> LateInput {
+    fn late_input(&mut self) -> Option<LateInput> {
         let mut late =
             LateInput { frames: Vec::new(), settled: self.shared.moved.load(Ordering::Acquire) };
         for pair in &mut self.pairs {
@@ -373,7 +373,7 @@ impl VirtioDevice for VirtioNet {
             }
         }
         self.shared.moved.store(late.settled, Ordering::Release);
-        late
+        Some(late)
     }
 
     fn deliver_late(&mut self, input: Vec<Vec<u8>>) {

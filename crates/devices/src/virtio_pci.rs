@@ -155,7 +155,7 @@ impl VirtioPci {
     }
 
     /// What came in after the queues stopped, for the guest's new place.
-    pub fn late_input(&self) -> virtio::LateInput {
+    pub fn late_input(&self) -> Option<virtio::LateInput> {
         self.core.lock().device.late_input()
     }
 

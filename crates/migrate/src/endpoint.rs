@@ -109,10 +109,10 @@ pub trait Endpoint: Send + Sync {
     /// Destination: the source has acknowledged. Lets devices do I/O, announces NICs, emits RESUME.
     fn release_output(&self);
     /// Source, after the destination's output flows: frames that came for the guest after it had
-    /// stopped here, and whether no more can come, since the network knows its new place. Called
-    /// until that is so, but not for long.
-    fn late_frames(&self) -> (Vec<LateFrame>, bool) {
-        (Vec::new(), true)
+    /// stopped here, and whether the network has shown that it knows its new place. Called until
+    /// a little after that is so, but not for long. `None`: there is no NIC.
+    fn late_frames(&self) -> Option<(Vec<LateFrame>, bool)> {
+        None
     }
     /// Destination: delivers such frames.
     fn deliver_late(&self, frames: Vec<LateFrame>) {

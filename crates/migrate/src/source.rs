@@ -471,9 +471,8 @@ impl Driver {
         /// and puts it there after the announcement.
         const GRACE: Duration = Duration::from_millis(50);
         let mut until = Instant::now() + MOST;
-        let (mut sent, mut first) = (0, true);
-        loop {
-            let (frames, settled) = self.inner.endpoint.late_frames();
+        let mut sent = 0;
+        while let Some((frames, settled)) = self.inner.endpoint.late_frames() {
             sent += frames.len() as u64;
             self.inner.shared.stats.slow.lock().late_frames = Some(sent);
             for batch in batches(frames) {
@@ -482,10 +481,6 @@ impl Driver {
                     return;
                 }
             }
-            if settled && std::mem::take(&mut first) && sent == 0 {
-                return; // no NIC, or nothing comes for it
-            }
-            first = false;
             if settled {
                 until = until.min(Instant::now() + GRACE);
             }

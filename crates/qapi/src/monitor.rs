@@ -32,6 +32,9 @@ const MAX_INPUT: usize = 256 << 10;
 pub const MAX_EVENTS: usize = 1024;
 /// How long a client may read nothing while something waits to be sent to it.
 pub const WRITE_PATIENCE: Duration = Duration::from_secs(10);
+/// Commands of a client that has left that are still run: somebody may say a few words and go, but
+/// nobody may leave work behind that keeps the next one waiting.
+const MAX_LEFT_BEHIND: usize = 64;
 /// How often a full client is tried again.
 const RETRY: Duration = Duration::from_millis(5);
 /// How often a synchronous `migrate` looks at its progress.
@@ -131,6 +134,7 @@ impl Monitor {
             chardev: chardev.clone(),
             serving: Cell::new(0),
             input_ended: Cell::new(false),
+            left_behind: Cell::new(0),
         };
         let worker = std::thread::Builder::new()
             .name(format!("{name}-{}", chardev.label()))
@@ -246,6 +250,8 @@ struct Link {
     serving: Cell<u64>,
     /// That client sends no more: it is let go when it has its last answer.
     input_ended: Cell<bool>,
+    /// Commands of that client that were run when it had left.
+    left_behind: Cell<usize>,
 }
 
 /// What woke the worker.
@@ -311,6 +317,7 @@ impl Link {
                     Item::Opened(client) => {
                         self.serving.set(*client);
                         self.input_ended.set(false);
+                        self.left_behind.set(0);
                     }
                     Item::InputEnded => self.input_ended.set(true),
                     Item::Closed => self.input_ended.set(false),
@@ -344,6 +351,29 @@ impl Link {
     fn connected(&self) -> bool {
         let inbox = self.shared.inbox.lock();
         inbox.open && inbox.client == self.serving.get()
+    }
+
+    /// Whether what is left of the client's input is still to be worked on; if not, what waits of
+    /// it is dropped.
+    fn goes_on(&self) -> bool {
+        if self.connected() {
+            return true;
+        }
+        self.left_behind.set(self.left_behind.get() + 1);
+        if self.left_behind.get() <= MAX_LEFT_BEHIND {
+            return true;
+        }
+        let mut inbox = self.shared.inbox.lock();
+        while let Some(Item::Data(bytes, _)) = inbox.items.front() {
+            inbox.waiting -= bytes.len();
+            inbox.items.pop_front();
+        }
+        let resume = std::mem::take(&mut inbox.full);
+        drop(inbox);
+        if resume {
+            self.chardev.resume_input();
+        }
+        false
     }
 
     /// Sends all of `bytes` to the client that is being served, waiting for a slow one; one that
@@ -415,6 +445,10 @@ fn qmp_steps(session: &mut QmpSession, link: &Link, commands: &dyn Commands) {
             }
         };
         link.send(&reply);
+        if !link.goes_on() {
+            session.discard_input();
+            return;
+        }
         let inbox = link.shared.inbox.lock();
         if inbox.stop {
             return;

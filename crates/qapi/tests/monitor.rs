@@ -171,6 +171,33 @@ fn hmp_through_qmp_and_errors() {
 }
 
 #[test]
+fn a_reply_larger_than_the_output_queue_comes_whole() {
+    let w = world(false);
+    let mut c = Client::ready(&w.path);
+    let id = "x".repeat(4 << 20);
+    c.send(&format!(r#"{{"execute":"query-status","id":"{id}"}}"#));
+    let reply = c.line();
+    assert!(reply.ends_with("xx\"}") && reply.len() > id.len(), "{} bytes", reply.len());
+    c.send(r#"{"execute":"query-status"}"#);
+    assert!(c.line().contains("running"));
+}
+
+#[test]
+fn what_a_client_asked_for_before_it_left_is_done() {
+    let w = world(false);
+    let mut c = Client::new(&w.path);
+    c.send(
+        r#"{"execute":"qmp_capabilities"}{"execute":"query-migrate"}{"execute":"query-migrate"}"#,
+    );
+    drop(c);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while w.machine.polls.load(Ordering::SeqCst) < 2 {
+        assert!(Instant::now() < deadline, "its commands were dropped");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
 fn a_client_that_reads_nothing_harms_nobody() {
     let w = world(false);
     let mut stalled = Client::ready(&w.path);

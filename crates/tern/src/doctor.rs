@@ -2,7 +2,7 @@
 //! The checks themselves are [`hv::host`]'s; here they are only shown.
 
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Write as _};
+use std::io::IsTerminal;
 use std::path::Path;
 
 use hv::host::{Check, Status, checks, worst};
@@ -31,8 +31,7 @@ pub fn run(args: &Args) -> i32 {
     let all = checks();
     let text =
         if args.json { as_json(&all) } else { as_table(&all, std::io::stdout().is_terminal()) };
-    // A closed pipe (`tern doctor | head`) is no failure of the host.
-    let _ = std::io::stdout().write_all(text.as_bytes());
+    crate::say::text(format_args!("{text}"));
     exit_status(&all)
 }
 
@@ -45,7 +44,7 @@ fn probe_kvm() -> i32 {
         }
         Err(e) => (e.to_string(), 1),
     };
-    let _ = writeln!(std::io::stdout(), "{line}");
+    crate::say::say!("{line}");
     status
 }
 

@@ -115,9 +115,10 @@ pub trait VirtioDevice: Send {
     fn arrived(&mut self) {}
     /// Called at the source when the guest runs elsewhere for good: what has come in for it since
     /// its queues stopped and was not delivered (a NIC's frames, oldest first, each with the
-    /// header that its back end puts in front). A bounded number each call.
-    fn late_input(&mut self) -> LateInput {
-        LateInput { frames: Vec::new(), settled: true }
+    /// header that its back end puts in front). A bounded number each call. `None`: nothing ever
+    /// comes in for this kind of device.
+    fn late_input(&mut self) -> Option<LateInput> {
+        None
     }
     /// Called at the destination with what [`late_input`](Self::late_input) gave at the source:
     /// to be delivered before anything that comes from now on.

@@ -30,14 +30,14 @@ const XLF_KERNEL_64: u16 = 1;
 /// What can be wrong with what is to be booted.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot open {what} {path}: {source}")]
+    #[error("{what}{path}: cannot open it: {source}")]
     Open { what: &'static str, path: String, source: std::io::Error },
     #[error(
-        "{path}: not a Linux kernel that Tern can start ({reason}); a bzImage or an ELF vmlinux with a PVH entry is needed"
+        "-kernel {path}: not a Linux kernel that Tern can start ({reason}); a bzImage or an ELF vmlinux with a PVH entry is needed"
     )]
     NoKernel { path: String, reason: String },
     #[error(
-        "{what} {path} ({size} bytes) does not fit into the guest's memory; give it more with -m"
+        "{what}{path} ({size} bytes) does not fit into the guest's memory; give it more with -m"
     )]
     TooLarge { what: &'static str, path: String, size: u64 },
     #[error("the kernel command line has {len} bytes, at most {max} fit")]
@@ -55,7 +55,7 @@ pub enum Error {
 /// Puts a file's bytes into `mem`.
 pub fn load_file(mem: &GuestMemory, load: &spec::Load) -> Result<(), Error> {
     let path = load.file.display().to_string();
-    let what = "the loader's file";
+    let what = "-device loader,file=";
     let mut file = open(what, &load.file)?;
     let named = |source| Error::Open { what, path: path.clone(), source };
     let size = file.metadata().map_err(named)?.len();
@@ -103,7 +103,7 @@ pub fn load(
     kernel: &Path,
     rsdp: u64,
 ) -> Result<BootEntry, Error> {
-    let mut file = open("kernel", kernel)?;
+    let mut file = open("-kernel ", kernel)?;
     let cmdline = command_line(mem, &boot.append)?;
     gdt(mem)?;
     if is_bzimage(&mut file) {
@@ -118,8 +118,8 @@ pub fn load(
 
 /// Checks that the files are there, for a machine that boots from them only when it is reset.
 pub fn check_files(boot: &spec::Boot, kernel: &Path) -> Result<(), Error> {
-    open("kernel", kernel)?;
-    boot.initrd.as_deref().map_or(Ok(()), |initrd| open("initrd", initrd).map(drop))
+    open("-kernel ", kernel)?;
+    boot.initrd.as_deref().map_or(Ok(()), |initrd| open("-initrd ", initrd).map(drop))
 }
 
 fn open(what: &'static str, path: &Path) -> Result<File, Error> {
@@ -199,11 +199,11 @@ fn initrd(
     limit: u64,
 ) -> Result<(u64, u64), Error> {
     let Some(path) = &boot.initrd else { return Ok((0, 0)) };
-    let mut file = open("initrd", path)?;
-    let named = |source| Error::Open { what: "initrd", path: path.display().to_string(), source };
+    let mut file = open("-initrd ", path)?;
+    let named = |source| Error::Open { what: "-initrd ", path: path.display().to_string(), source };
     let size = file.metadata().map_err(named)?.len();
     let end = mem.regions().first().map_or(0, |r| r.size).min(limit);
-    let too_large = || Error::TooLarge { what: "initrd", path: path.display().to_string(), size };
+    let too_large = || Error::TooLarge { what: "-initrd ", path: path.display().to_string(), size };
     let start = end.checked_sub(size).ok_or_else(too_large)? & !0xfff;
     if start < floor {
         return Err(too_large());
@@ -236,7 +236,7 @@ fn bzimage(
     let start = GuestAddress(layout::HIGH_RAM_START);
     let room = mem.regions().first().map_or(0, |r| r.size).saturating_sub(start.0);
     if size > room {
-        return Err(Error::TooLarge { what: "kernel", path: path.display().to_string(), size });
+        return Err(Error::TooLarge { what: "-kernel ", path: path.display().to_string(), size });
     }
     // The real-mode part's sectors (0 is 4) after the boot sector: without them nothing follows.
     let mut sectors = [0];
@@ -270,7 +270,7 @@ fn bzimage(
     let floor = unpacked.max(loaded.kernel_end);
     let low = mem.regions().first().map_or(0, |r| r.size);
     if floor > low {
-        let what = "the unpacked kernel";
+        let what = "the unpacked kernel ";
         return Err(Error::TooLarge { what, path: path.display().to_string(), size: floor });
     }
     let limit = u64::from(header.initrd_addr_max).max(0x37ff_ffff) + 1;
@@ -412,7 +412,7 @@ mod tests {
         let path = std::env::temp_dir().join(format!("tern-fifo-{}", std::process::id()));
         let status = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
         assert!(status.success());
-        let error = open("kernel", &path).unwrap_err().to_string();
+        let error = open("-kernel ", &path).unwrap_err().to_string();
         std::fs::remove_file(&path).unwrap();
         assert!(error.contains("not a regular file"), "{error}");
     }

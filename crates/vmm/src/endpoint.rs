@@ -125,7 +125,7 @@ impl Endpoint for MachineEndpoint {
         self.0.release_output();
     }
 
-    fn late_frames(&self) -> (Vec<LateFrame>, bool) {
+    fn late_frames(&self) -> Option<(Vec<LateFrame>, bool)> {
         self.0.late_frames()
     }
 

@@ -53,7 +53,18 @@ fn off(given: &BTreeMap<String, bool>, table: &[Switch]) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+
+    #[test]
+    fn every_switch_of_the_command_line_is_known_here() {
+        use qapi::cmdline::device::keys::{BLK_FEATURES, NET_FEATURES};
+        for (keys, table) in [(NET_FEATURES, NET), (BLK_FEATURES, BLK)] {
+            let taken: BTreeSet<_> = keys.iter().map(|key| key.name).collect();
+            assert_eq!(taken, table.iter().map(|(name, _)| *name).collect());
+        }
+    }
 
     #[test]
     fn a_feature_goes_with_those_that_need_it() {

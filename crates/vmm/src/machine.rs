@@ -316,7 +316,11 @@ impl Machine {
                 life.pending = Some(Request::Reset);
                 return Ok(());
             }
-            RunState::Postmigrate => return Ok(()),
+            RunState::Postmigrate => {
+                return Err("The guest was migrated away and runs at the destination; reset it \
+                            there"
+                    .into());
+            }
             RunState::Inmigrate => return Err("An incoming migration is under way".into()),
             _ => {}
         }
@@ -555,18 +559,21 @@ impl Machine {
         self.replay(pending);
     }
 
-    /// Source: frames that came for the guest after it had stopped here, and whether no more can.
-    pub fn late_frames(&self) -> (Vec<LateFrame>, bool) {
-        let (mut frames, mut settled) = (Vec::new(), true);
-        if self.state() == RunState::Postmigrate {
-            for v in &self.parts.virtio {
-                let late = v.late_input();
-                let named = |frame| LateFrame { nic: v.name().to_owned(), frame };
-                frames.extend(late.frames.into_iter().map(named));
-                settled &= late.settled;
-            }
+    /// Source: frames that came for the guest after it had stopped here, and whether the network
+    /// knows its new place. `None`: there is no NIC for which any could come.
+    pub fn late_frames(&self) -> Option<(Vec<LateFrame>, bool)> {
+        if self.state() != RunState::Postmigrate {
+            return None;
         }
-        (frames, settled)
+        let mut all: Option<(Vec<LateFrame>, bool)> = None;
+        for v in &self.parts.virtio {
+            let Some(late) = v.late_input() else { continue };
+            let (frames, settled) = all.get_or_insert((Vec::new(), true));
+            let named = |frame| LateFrame { nic: v.name().to_owned(), frame };
+            frames.extend(late.frames.into_iter().map(named));
+            *settled &= late.settled;
+        }
+        all
     }
 
     /// Destination: gives the guest the frames that came to the source after it had stopped there.

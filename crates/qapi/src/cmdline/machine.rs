@@ -238,13 +238,9 @@ impl Builder {
         self.machine.smp = given.resolve().map_err(|e| invalid(option, e))?;
         let Smp { cpus, max_cpus, .. } = self.machine.smp;
         if max_cpus > cpus {
-            return Err(invalid(
-                option,
-                format!(
-                    "maxcpus ({max_cpus}) is more than cpus ({cpus}), and vCPUs cannot be plugged \
-                     into a running machine: give both the same number, or leave maxcpus out \
-                     (with sockets, cores and threads whose product is cpus)"
-                ),
+            self.warn(format!(
+                "{option} maxcpus={max_cpus} is ignored beyond the topology: there is no vCPU \
+                 hotplug, the machine keeps its {cpus}"
             ));
         }
         Ok(())

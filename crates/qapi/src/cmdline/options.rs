@@ -167,7 +167,7 @@ pub const OPTIONS: &[OptionSpec] = &[
     other("smbios", "ARG", Action::Refuse("SMBIOS tables are not available")),
     run(
         "smp",
-        "[cpus=]N[,maxcpus=N (no more than cpus),sockets=,dies=,clusters=,cores=,threads=]",
+        "[cpus=]N[,maxcpus=N (no vCPU is plugged later),sockets=,dies=,clusters=,cores=,threads=]",
         Builder::smp,
     ),
     other("snapshot", "", Action::Refuse("temporary overlays are not available")),

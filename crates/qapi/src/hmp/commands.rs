@@ -461,6 +461,8 @@ mod tests {
              Attached to:      /machine/peripheral-anon/device[0]/virtio-backend\n    \
              Cache mode:       writeback\n"
         );
+        assert_eq!(hmp("info block #block188"), hmp("info block"));
+        assert_eq!(hmp("info block d9"), "Device 'd9' not found\n");
         assert_eq!(hmp("info status"), "VM status: paused (prelaunch)\n");
         assert_eq!(hmp("info name"), "");
         assert_eq!(

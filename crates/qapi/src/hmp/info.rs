@@ -26,7 +26,7 @@ const fn info(
 
 /// All subcommands, in the order of their names.
 pub const INFOS: &[Info] = &[
-    info("block", "query-block", "show info of all block devices", block),
+    info("block", "query-block", "show info of one block device or all block devices", block),
     info("chardev", "query-chardev", "show the character devices", chardev),
     info("cpus", "query-cpus-fast", "show infos for each CPU", cpus),
     info("kvm", "query-kvm", "show KVM information", kvm),
@@ -58,13 +58,25 @@ pub(super) fn run(c: &Context, words: &[String]) -> Result<String, Error> {
     let Some(info) = INFOS.iter().find(|i| i.name == name) else {
         return Ok(format!("unknown command: 'info {name}'\n"));
     };
-    if words.len() > 1 {
-        return Ok(format!(
+    match &words[1..] {
+        [] => Ok((info.format)(&c.qmp(info.query, json!({}))?)),
+        [device] if info.name == "block" => one_block(&c.qmp(info.query, json!({}))?, device),
+        _ => Ok(format!(
             "info {name}: extraneous characters at the end of line\n\
              Try \"help info\" for more information\n"
-        ));
+        )),
     }
-    Ok((info.format)(&c.qmp(info.query, json!({}))?))
+}
+
+/// `info block DEVICE`: by the names under which the list shows it.
+fn one_block(all: &Value, device: &str) -> Result<String, Error> {
+    let names =
+        |disk: &Value| [&disk["device"], &disk["inserted"]["node-name"], &disk["qdev"]].map(text);
+    let found = list(all).iter().find(|disk| names(disk).iter().any(|name| name == device));
+    match found {
+        Some(disk) => Ok(block(&json!([disk]))),
+        None => Ok(format!("Device '{device}' not found\n")),
+    }
 }
 
 pub(super) fn help() -> String {

@@ -94,6 +94,12 @@ impl QmpSession {
         *self = Self::new(self.pretty);
     }
 
+    /// Drops what was received and not worked on yet.
+    pub fn discard_input(&mut self) {
+        self.scanner.reset();
+        self.input.clear();
+    }
+
     /// Adds input. Of the fds that no `getfd` has named only the last 64 are kept.
     pub fn receive(&mut self, bytes: &[u8], fds: Vec<OwnedFd>) {
         self.input.extend(bytes);
@@ -187,8 +193,6 @@ impl QmpSession {
         }
         let name = name.ok_or_else(|| Error::generic("QMP input lacks member 'execute'"))?;
         let not_found = |desc: String| Error { class: ErrorClass::CommandNotFound, desc };
-        let spec = schema::command(&name)
-            .ok_or_else(|| not_found(format!("The command {name} has not been found")))?;
         if !self.negotiated && name != "qmp_capabilities" {
             return Err(not_found(
                 "Expecting capabilities negotiation with 'qmp_capabilities'".into(),
@@ -199,7 +203,9 @@ impl QmpSession {
                 "Capabilities negotiation is already complete, command ignored".into(),
             ));
         }
-        spec.check(&arguments)?;
+        schema::command(&name)
+            .ok_or_else(|| not_found(format!("The command {name} has not been found")))?
+            .check(&arguments)?;
         Ok((name, arguments))
     }
 
@@ -305,6 +311,7 @@ mod tests {
             desc(&mut session, r#"{"execute":"query-status"}"#),
             "CommandNotFound: Expecting capabilities negotiation with 'qmp_capabilities'"
         );
+        assert!(desc(&mut session, r#"{"execute":"no-such"}"#).contains("negotiation"));
         assert!(session.event(&json!({"event": "STOP"})).is_none());
         let mut session = ready();
         assert!(session.event(&json!({"event": "STOP"})).is_some());
