@@ -4,6 +4,7 @@
 //! `tern-frames`, which speaks to every contestant alike. The switch has CPU 1, the load CPU 0.
 
 mod contestant;
+mod guests;
 mod own;
 mod rates;
 mod stage;
@@ -32,7 +33,7 @@ pub struct SwitchArgs {
     /// Runs of each contestant
     #[arg(long, default_value_t = 5)]
     runs: usize,
-    /// Only this row: 64, 1500, imix, threads, latency, idle, scale (repeatable)
+    /// Only this row: 64, 1500, imix, threads, latency, idle, scale, guests (repeatable)
     #[arg(long, value_name = "ROW", value_parser = ROWS)]
     only: Vec<String>,
     /// One short run of each, to see that everything works
@@ -49,7 +50,7 @@ pub struct SwitchArgs {
     tern: Option<PathBuf>,
 }
 
-const ROWS: [&str; 7] = ["64", "1500", "imix", "threads", "latency", "idle", "scale"];
+const ROWS: [&str; 8] = ["64", "1500", "imix", "threads", "latency", "idle", "scale", "guests"];
 
 /// What all rows share.
 struct Setting {
@@ -136,7 +137,7 @@ fn draw(rows: &[Row]) -> String {
 /// Measures and reports.
 pub fn run(args: &SwitchArgs) -> Result<u8> {
     setup::ensure(setup::SWITCH)?;
-    let bins = host::build_release(&["e2e"], &["tern-frames"])?;
+    let bins = host::build_release(&["e2e"], &["tern-frames", "tern-iperf3"])?;
     let tern = match &args.tern {
         Some(path) => std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()))?,
         None => host::build_release(&["tern"], &["tern"])?.join("tern"),
@@ -175,6 +176,9 @@ pub fn run(args: &SwitchArgs) -> Result<u8> {
         if wanted(name) {
             report[name] = measure(&setting, &stage)?;
         }
+    }
+    if wanted("guests") {
+        report["guests"] = guests::measure(&setting, &stage)?;
     }
     let path = out.join("switch.json");
     std::fs::write(&path, format!("{report:#}\n"))
