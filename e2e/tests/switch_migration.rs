@@ -103,6 +103,8 @@ fn migrate(
         Ok(after.get("tx-bytes") - before.get("tx-bytes") > PARKED * PARKED_BYTES)
     };
     switch.wait("the parked datagrams", Duration::from_secs(10), enough).unwrap();
+    let no_room = switch.stats(&from).unwrap().drops("no-buffers") - before.drops("no-buffers");
+    println!("{from}: {no_room} frames found no buffer of the guest's");
     let info = migration(guest);
     assert_eq!(info["status"], "active", "the datagrams came too late: {info:#}");
 
@@ -119,8 +121,9 @@ fn migrate(
     switch.wait("the address at its new port", Duration::from_secs(5), moved).unwrap();
     guest.run("touch /tmp/look").unwrap();
     let parked = guest.finish_json("parked", Duration::from_secs(30)).unwrap();
-    let whole = json!([PARKED, 0, 0]);
-    assert_eq!(json!([parked["received"], parked["bad"], parked["doubled"]]), whole, "{parked}");
+    assert_eq!(json!([parked["bad"], parked["doubled"]]), json!([0, 0]), "{parked}");
+    let missing = PARKED - parked["received"].as_u64().unwrap();
+    assert!(missing <= no_room, "{no_room} found no buffer, yet {missing} are missing: {parked}");
     assert_eq!(
         guest.run("sha256sum < /tmp/file").unwrap(),
         peer.run("sha256sum < /tmp/file").unwrap()
