@@ -3,7 +3,10 @@
 //!
 //! What the switch writes into guest memory reaches the destination only if the switch logs it. So
 //! that this shows, datagrams are sent to the guest after the first pass over its memory, and the guest
-//! looks at them only when it has moved: until then nobody but the switch has written to their pages.
+//! looks at them only when it has moved. Until then nobody but the switch may write to their pages, or
+//! QEMU's own log has them: the guest's kernel must not clear the pages that it gives to its card
+//! (`init_on_alloc=0`), and a datagram must fill whole receive buffers, as the kernel puts notes of its
+//! own behind what is shorter. With the log of buffers taken out of the switch this test fails.
 
 use std::fs;
 use std::path::Path;
@@ -15,8 +18,9 @@ use e2e::testbed::Bed;
 use serde_json::{Value, json};
 
 /// Datagrams that wait in the guest while it moves.
-const PARKED: u64 = 3000;
-const PARKED_BYTES: u64 = 1400;
+const PARKED: u64 = 600;
+const PARKED_BYTES: u64 = 8000;
+const PARKED_A_SECOND: u64 = 300;
 /// KiB a second, each way, of the streams.
 const STREAM: u32 = 512;
 /// Bytes a second of the first pass, and then: too few for an end.
@@ -94,7 +98,8 @@ fn migrate(
     set_limits(guest, NO_END, 1);
     let before = switch.stats(&from).unwrap();
     let send = format!(
-        "flow udp-send --to {ip}:7803 --seed 9 --size {PARKED_BYTES} --count {PARKED} --pps 2000"
+        "flow udp-send --to {ip}:7803 --seed 9 --size {PARKED_BYTES} --count {PARKED} \
+         --pps {PARKED_A_SECOND}"
     );
     assert_eq!(peer.run_json(&send).unwrap()["sent"], PARKED);
     guest.run(&format!("wget -q -O /tmp/file http://{}:7900/file", peer.card.ip())).unwrap();
@@ -140,7 +145,10 @@ fn there_and_back(name: &str, more: &str, announcement: u16) {
     let switch = Switch::start(&bed, &ports).unwrap();
     let card = Card { more: more.to_owned(), newest: true, ..Card::new("one", listens, 1) };
     let mut guests = boot(&mut bed, &[card, Card::new("peer", listens, 2)]).unwrap();
-    guests.iter_mut().for_each(|g| g.configure().unwrap());
+    for g in &mut guests {
+        g.configure().unwrap();
+        g.run("ip link set eth0 mtu 9000").unwrap();
+    }
     let [guest, peer] = &mut guests[..] else { unreachable!("two were booted") };
     peer.run("head -c 8388608 /dev/urandom > /tmp/file").unwrap();
     peer.serve("httpd", "httpd -f -p 7900 -h /tmp", 7900).unwrap();
@@ -158,13 +166,13 @@ fn there_and_back(name: &str, more: &str, announcement: u16) {
 }
 
 #[test]
-#[ignore = "under QEMU 10.0 not yet seen to pass"]
+
 fn a_guest_that_announces_itself_moves_and_comes_back() {
     there_and_back("switch-migration", "", ARP);
 }
 
 #[test]
-#[ignore = "under QEMU 10.0 not yet seen to pass"]
+
 fn a_guest_that_the_switch_announces_moves_and_comes_back() {
     there_and_back("switch-migration-rarp", ",guest_announce=off,packed=on", RARP);
 }
