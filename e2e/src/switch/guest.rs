@@ -82,8 +82,9 @@ impl Guest {
         config.program = qemu.next().unwrap_or_default().into();
         config.kvm = false;
         config.memory_mib = 192;
-        // Pages that the guest's kernel has not written to are only in the switch's log.
-        config.append = "init_on_alloc=0".into();
+        // Pages that the guest's kernel has not written to are only in the switch's log. Without
+        // IPv6 it sends only what it is told to.
+        config.append = "init_on_alloc=0 ipv6.disable=1".into();
         config.initrd = std::env::var_os("TERN_NET_INITRD").map(PathBuf::from).unwrap_or_default();
         config.incoming = incoming.map(str::to_owned);
         let shell = bed.dir.join(format!("{}.shell", config.name));
