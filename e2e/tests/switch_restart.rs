@@ -95,8 +95,9 @@ fn room_to_receive(switch: &Switch, from: &mut Guest, to: &mut Guest) -> u64 {
     let full =
         |s: &Switch| Ok(s.stats(&to.card.port)?.drops("no-buffers") > before.drops("no-buffers"));
     switch.wait("a full ring", Duration::from_secs(10), full).unwrap();
+    let after = switch.stats(&to.card.port).unwrap();
     drop(frozen);
-    switch.stats(&to.card.port).unwrap().get("tx-frames") - before.get("tx-frames")
+    after.get("tx-frames") - before.get("tx-frames")
 }
 
 /// How many frames a guest can give a switch that takes none. The card's own counter is no help: its
