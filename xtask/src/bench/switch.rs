@@ -57,7 +57,7 @@ struct Setting {
     tern: PathBuf,
     frames: PathBuf,
     runs: usize,
-    /// How long a rate is measured.
+    /// How long a rate is measured, all windows together.
     window: Duration,
     patience: Duration,
     retries: usize,
@@ -146,7 +146,7 @@ pub fn run(args: &SwitchArgs) -> Result<u8> {
         tern,
         frames: bins.join("tern-frames"),
         runs: if args.quick { 1 } else { args.runs.max(1) },
-        window: Duration::from_millis(if args.quick { 700 } else { 2000 }),
+        window: Duration::from_millis(if args.quick { 700 } else { 2500 }),
         patience: Duration::from_secs(args.patience),
         retries: if args.quick { 0 } else { args.retries },
     };

@@ -14,6 +14,9 @@ use crate::bench::{load, median};
 
 /// Until addresses are learned, flows are in place, and all is warm.
 const WARM_UP: Duration = Duration::from_millis(1500);
+/// Windows of which the fastest counts, for every contestant: what other programs do, and other guests
+/// of the machine's own host, can only take from a window.
+const WINDOWS: u32 = 5;
 /// More of another process's work than this, in processors, and a run is done again.
 const DISTURBED: f64 = 0.05;
 
@@ -64,8 +67,11 @@ fn once(
         testpmd.load(*frames)?;
         std::thread::sleep(WARM_UP);
         let before = load::machine_busy() - switch.used() - testpmd.used();
-        let (window, started) = (setting.window, std::time::Instant::now());
-        let rate = testpmd.rate(stage, sockets.len(), window)?;
+        let started = std::time::Instant::now();
+        let mut rate = 0.0_f64;
+        for _ in 0..WINDOWS {
+            rate = rate.max(testpmd.rate(stage, sockets.len(), setting.window / WINDOWS)?);
+        }
         let others = load::machine_busy() - switch.used() - testpmd.used() - before;
         if rate < 1000.0 {
             return Err(format!("{}: no frames go round", who.title()));
