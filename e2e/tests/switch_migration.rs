@@ -53,6 +53,13 @@ fn set_limits(guest: &mut Guest, bandwidth: u64, downtime_ms: u64) {
     guest.vmm.qmp.execute("migrate-set-parameters", limits).unwrap();
 }
 
+/// Waits until the switch has learned an address at a port.
+fn wait_learned(switch: &Switch, mac: &str, port: &str) {
+    let there = |s: &Switch| Ok(s.port_of(mac)?.as_deref() == Some(port));
+    let what = format!("the address of a guest at port {port}");
+    switch.wait(&what, Duration::from_secs(5), there).unwrap();
+}
+
 /// Whether a frame of this type from this address is in a pcap file.
 fn has_frame(file: &Path, mac: &str, ethertype: u16) -> bool {
     let source: Vec<u8> =
@@ -79,8 +86,9 @@ fn migrate(
     to: &str,
     announcement: u16,
 ) {
-    let (from, ip) = (guest.card.port.clone(), guest.card.ip());
-    assert_eq!(switch.port_of(&guest.card.mac()).unwrap().as_deref(), Some(&*from));
+    let (from, ip, mac) = (guest.card.port.clone(), guest.card.ip(), guest.card.mac());
+    // A guest that was only just told to send may not have sent a frame yet.
+    wait_learned(switch, &mac, &from);
     let capture = bed.dir.join(format!("{to}.pcap"));
     let arguments = json!({ "port": to, "file": capture, "snaplen": 64, "rx": true });
     switch.ask("capture", arguments).unwrap();
@@ -120,10 +128,8 @@ fn migrate(
         "{from} -> {to}: {} passes, {} ms, downtime {} ms",
         info["ram"]["dirty-sync-count"], info["total-time"], info["downtime"]
     );
-    let mac = guest.card.mac();
     std::mem::replace(guest, destination).vmm.quit().unwrap();
-    let moved = |s: &Switch| Ok(s.port_of(&mac)?.as_deref() == Some(to));
-    switch.wait("the address at its new port", Duration::from_secs(5), moved).unwrap();
+    wait_learned(switch, &mac, to);
     guest.run("touch /tmp/look").unwrap();
     let parked = guest.finish_json("parked", Duration::from_secs(30)).unwrap();
     assert_eq!(json!([parked["bad"], parked["doubled"]]), json!([0, 0]), "{parked}");
@@ -166,13 +172,11 @@ fn there_and_back(name: &str, more: &str, announcement: u16) {
 }
 
 #[test]
-
 fn a_guest_that_announces_itself_moves_and_comes_back() {
     there_and_back("switch-migration", "", ARP);
 }
 
 #[test]
-
 fn a_guest_that_the_switch_announces_moves_and_comes_back() {
     there_and_back("switch-migration-rarp", ",guest_announce=off,packed=on", RARP);
 }
