@@ -220,6 +220,38 @@ fn a_client_that_reads_nothing_harms_nobody() {
     assert!(c.line().contains("running"));
 }
 
+/// A client that has asked for more than the socket and the monitor's queue hold, sends no more, and
+/// reads nothing.
+fn half_closed_and_deaf(path: &Path) -> Client {
+    let mut c = Client::ready(path);
+    c.send(&r#"{"execute":"query-qmp-schema"}"#.repeat(40));
+    c.reader.get_mut().shutdown(std::net::Shutdown::Write).unwrap();
+    c
+}
+
+#[test]
+fn a_client_that_half_closed_and_reads_nothing_does_not_hold_up_the_end() {
+    let mut w = world(false);
+    let _deaf = half_closed_and_deaf(&w.path);
+    std::thread::sleep(Duration::from_millis(200));
+    let start = Instant::now();
+    drop(w.monitor.take());
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_client_that_half_closed_and_then_left_makes_room_for_the_next() {
+    let w = world(false);
+    let deaf = half_closed_and_deaf(&w.path);
+    std::thread::sleep(Duration::from_millis(200));
+    drop(deaf);
+    let start = Instant::now();
+    let mut next = Client::ready(&w.path);
+    next.send(r#"{"execute":"query-status"}"#);
+    assert!(next.line().contains("running"));
+    assert!(start.elapsed() < qapi::monitor::WRITE_PATIENCE / 2, "{:?}", start.elapsed());
+}
+
 #[test]
 fn dropping_a_monitor_ends_its_thread() {
     let mut w = world(false);
