@@ -174,9 +174,10 @@ pub fn parse_rate(place: &str, text: &str) -> Result<u64> {
     n.checked_mul(factor).filter(|n| *n > 0).ok_or_else(bad)
 }
 
-fn number<T: std::str::FromStr>(place: &str, key: &str, value: &str) -> Result<T> {
-    let bad = |_| Error::Config(format!("{place}: {key}={value}: expected a whole number"));
-    value.parse().map_err(bad)
+fn number<T: TryFrom<u64>>(place: &str, key: &str, value: &str) -> Result<T> {
+    let bad = |what| Error::Config(format!("{place}: {key}={value}: {what}"));
+    let n: u64 = value.parse().map_err(|_| bad("expected a whole number"))?;
+    T::try_from(n).map_err(|_| bad("too large"))
 }
 
 fn word<T: for<'a> Deserialize<'a>>(
@@ -447,6 +448,7 @@ mod tests {
             ("a,type=tap,ifname=t,path=/x", "path= means nothing for type=tap"),
             ("a,type=tap,ifname=t,mode=client", "mode= means nothing"),
             ("a,type=tap,ifname=t,queues=65", "queues=65: expected 1 to 64"),
+            ("a,type=tap,ifname=t,queues=65537", "queues=65537: too large"),
             ("a,type=tap,ifname=t,vlan=4095", "VLAN 4095: expected 1 to 4094"),
             ("a,type=tap,ifname=t,vlan=x", "vlan=x: expected a whole number"),
             ("a,type=tap,ifname=t,vlan=1,trunk=1", "both the untagged one"),
