@@ -88,7 +88,7 @@ impl Guest {
         config.initrd = std::env::var_os("TERN_NET_INITRD").map(PathBuf::from).unwrap_or_default();
         config.incoming = incoming.map(str::to_owned);
         let shell = bed.dir.join(format!("{}.shell", config.name));
-        config.extra = arguments(bed, card, &shell, config.memory_mib);
+        config.extra = arguments(bed, card, &shell, config.memory_mib, newest.is_some());
         config.extra.extend(qemu.map(str::to_owned));
         let vmm = config.start(&bed.dir, None)?;
         Ok(Self { vmm, card: card.clone(), shell: Shell::connect(&shell)? })
@@ -213,9 +213,11 @@ fn parse(what: &str, said: &str) -> Result<Value> {
     serde_json::from_str(said).map_err(|e| Error::Protocol(format!("{what} says {said:?}: {e}")))
 }
 
-fn arguments(bed: &Bed, card: &Card, shell: &Path, memory_mib: u32) -> Vec<String> {
+fn arguments(bed: &Bed, card: &Card, shell: &Path, memory_mib: u32, newest: bool) -> Vec<String> {
     let path = socket(bed, &card.port).display().to_string();
     let listens = match card.listens {
+        // Since 9.2 QEMU counts in milliseconds.
+        Listens::Switch if newest => "reconnect-ms=10",
         Listens::Switch => "reconnect=1",
         Listens::Peer => "server=on,wait=off",
     };
