@@ -117,7 +117,10 @@ fn run_switch(args: &TestArgs, programs: &[PathBuf], tern: &Path, guest: &Guest)
     let mut env = env.to_vec();
     match qemu::newest() {
         Ok(newest) => env.push(("TERN_NEWEST_QEMU".into(), newest.words().join("\n"))),
-        Err(e) => println!("{e}: guests migrate under the installed QEMU"),
+        Err(e) => println!(
+            "{e}: guests migrate under the installed QEMU, which now and then loses one by itself if \
+             it is 7.2"
+        ),
     }
     run_programs(Host::Native, programs, &env, SWITCH_LIMIT).map(|(code, _)| code)
 }
