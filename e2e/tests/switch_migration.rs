@@ -24,7 +24,8 @@ use serde_json::{Value, json};
 /// Datagrams that wait in the guest while it moves.
 const PARKED: u64 = 600;
 const PARKED_BYTES: u64 = 8000;
-const PARKED_A_SECOND: u64 = 300;
+/// Few enough for a guest on a busy machine: what finds no buffer is lost, and rightly so.
+const PARKED_A_SECOND: u64 = 150;
 /// KiB a second, each way, of the streams.
 const STREAM: u32 = 512;
 /// Bytes a second of the first pass, and then: too few for an end.
@@ -136,9 +137,12 @@ fn migrate(
     wait_learned(switch, &mac, to);
     guest.run("touch /tmp/look").unwrap();
     let parked = guest.finish_json("parked", Duration::from_secs(30)).unwrap();
-    assert_eq!(json!([parked["bad"], parked["doubled"]]), json!([0, 0]), "{parked}");
-    let missing = PARKED - parked["received"].as_u64().unwrap();
-    assert!(missing <= no_room, "{no_room} found no buffer, yet {missing} are missing: {parked}");
+    let whole = json!([PARKED, 0, 0]);
+    assert_eq!(
+        json!([parked["received"], parked["bad"], parked["doubled"]]),
+        whole,
+        "{parked}; {no_room} frames had found no buffer"
+    );
     assert_eq!(
         guest.run("sha256sum < /tmp/file").unwrap(),
         peer.run("sha256sum < /tmp/file").unwrap()

@@ -220,11 +220,22 @@ fn a_client_that_reads_nothing_harms_nobody() {
     assert!(c.line().contains("running"));
 }
 
+#[test]
+fn a_client_that_stays_and_reads_nothing_loses_its_place() {
+    let w = world(false);
+    let mut deaf = Client::ready(&w.path);
+    deaf.send(&r#"{"execute":"query-qmp-schema"}"#.repeat(400));
+    let mut next = Client::new(&w.path);
+    let patience = qapi::monitor::WRITE_PATIENCE * 2;
+    next.reader.get_mut().set_read_timeout(Some(patience)).unwrap();
+    assert!(next.line().contains("QMP"));
+}
+
 /// A client that has asked for more than the socket and the monitor's queue hold, sends no more, and
 /// reads nothing.
 fn half_closed_and_deaf(path: &Path) -> Client {
     let mut c = Client::ready(path);
-    c.send(&r#"{"execute":"query-qmp-schema"}"#.repeat(40));
+    c.send(&r#"{"execute":"query-qmp-schema"}"#.repeat(400));
     c.reader.get_mut().shutdown(std::net::Shutdown::Write).unwrap();
     c
 }

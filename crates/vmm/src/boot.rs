@@ -27,6 +27,11 @@ const ENTRY_64: u64 = 0x200;
 /// `xloadflags` bit 0: the kernel has the 64-bit entry point.
 const XLF_KERNEL_64: u16 = 1;
 
+/// What stands before a file's name in errors: its option, as one writes it.
+const KERNEL: &str = "-kernel ";
+const INITRD: &str = "-initrd ";
+const LOADER: &str = "-device loader,file=";
+
 /// What can be wrong with what is to be booted.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -55,9 +60,8 @@ pub enum Error {
 /// Puts a file's bytes into `mem`.
 pub fn load_file(mem: &GuestMemory, load: &spec::Load) -> Result<(), Error> {
     let path = load.file.display().to_string();
-    let what = "-device loader,file=";
-    let mut file = open(what, &load.file)?;
-    let named = |source| Error::Open { what, path: path.clone(), source };
+    let mut file = open(LOADER, &load.file)?;
+    let named = |source| Error::Open { what: LOADER, path: path.clone(), source };
     let size = file.metadata().map_err(named)?.len();
     if !load.raw
         && let Some(format) = format(&mut file).map_err(named)?
@@ -103,7 +107,7 @@ pub fn load(
     kernel: &Path,
     rsdp: u64,
 ) -> Result<BootEntry, Error> {
-    let mut file = open("-kernel ", kernel)?;
+    let mut file = open(KERNEL, kernel)?;
     let cmdline = command_line(mem, &boot.append)?;
     gdt(mem)?;
     if is_bzimage(&mut file) {
@@ -118,8 +122,8 @@ pub fn load(
 
 /// Checks that the files are there, for a machine that boots from them only when it is reset.
 pub fn check_files(boot: &spec::Boot, kernel: &Path) -> Result<(), Error> {
-    open("-kernel ", kernel)?;
-    boot.initrd.as_deref().map_or(Ok(()), |initrd| open("-initrd ", initrd).map(drop))
+    open(KERNEL, kernel)?;
+    boot.initrd.as_deref().map_or(Ok(()), |initrd| open(INITRD, initrd).map(drop))
 }
 
 fn open(what: &'static str, path: &Path) -> Result<File, Error> {
@@ -199,11 +203,11 @@ fn initrd(
     limit: u64,
 ) -> Result<(u64, u64), Error> {
     let Some(path) = &boot.initrd else { return Ok((0, 0)) };
-    let mut file = open("-initrd ", path)?;
-    let named = |source| Error::Open { what: "-initrd ", path: path.display().to_string(), source };
+    let mut file = open(INITRD, path)?;
+    let named = |source| Error::Open { what: INITRD, path: path.display().to_string(), source };
     let size = file.metadata().map_err(named)?.len();
     let end = mem.regions().first().map_or(0, |r| r.size).min(limit);
-    let too_large = || Error::TooLarge { what: "-initrd ", path: path.display().to_string(), size };
+    let too_large = || Error::TooLarge { what: INITRD, path: path.display().to_string(), size };
     let start = end.checked_sub(size).ok_or_else(too_large)? & !0xfff;
     if start < floor {
         return Err(too_large());
@@ -236,7 +240,7 @@ fn bzimage(
     let start = GuestAddress(layout::HIGH_RAM_START);
     let room = mem.regions().first().map_or(0, |r| r.size).saturating_sub(start.0);
     if size > room {
-        return Err(Error::TooLarge { what: "-kernel ", path: path.display().to_string(), size });
+        return Err(Error::TooLarge { what: KERNEL, path: path.display().to_string(), size });
     }
     // The real-mode part's sectors (0 is 4) after the boot sector: without them nothing follows.
     let mut sectors = [0];
@@ -412,7 +416,7 @@ mod tests {
         let path = std::env::temp_dir().join(format!("tern-fifo-{}", std::process::id()));
         let status = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
         assert!(status.success());
-        let error = open("-kernel ", &path).unwrap_err().to_string();
+        let error = open(KERNEL, &path).unwrap_err().to_string();
         std::fs::remove_file(&path).unwrap();
         assert!(error.contains("not a regular file"), "{error}");
     }

@@ -52,10 +52,28 @@ pub struct SwitchArgs {
 
 const ROWS: [&str; 8] = ["64", "1500", "imix", "threads", "latency", "idle", "scale", "guests"];
 
+/// How a row is measured that has not testpmd as its load.
+type Measure = fn(&Setting, &Stage) -> Result<Value>;
+
+/// These rows, by name.
+const MEASURED: [(&str, Measure); 4] = [
+    ("latency", own::latency),
+    ("idle", own::idle),
+    ("scale", own::scale),
+    ("guests", guests::measure),
+];
+
+/// The order of `count` contestants in a run: there and back, so that none always comes first.
+fn turns(run: usize, count: usize) -> Vec<usize> {
+    let there = 0..count;
+    if run.is_multiple_of(2) { there.collect() } else { there.rev().collect() }
+}
+
 /// What all rows share.
 struct Setting {
     tern: PathBuf,
     frames: PathBuf,
+    iperf3: PathBuf,
     runs: usize,
     /// How long a rate is measured, all windows together.
     window: Duration,
@@ -145,6 +163,7 @@ pub fn run(args: &SwitchArgs) -> Result<u8> {
     let setting = Setting {
         tern,
         frames: bins.join("tern-frames"),
+        iperf3: bins.join("tern-iperf3"),
         runs: if args.quick { 1 } else { args.runs.max(1) },
         window: Duration::from_millis(if args.quick { 700 } else { 2500 }),
         patience: Duration::from_secs(args.patience),
@@ -172,13 +191,10 @@ pub fn run(args: &SwitchArgs) -> Result<u8> {
     if wanted("threads") {
         report["two_threads"] = rates::two_threads(&setting, &stage)?;
     }
-    for (name, measure) in own::ROWS {
+    for (name, measure) in MEASURED {
         if wanted(name) {
             report[name] = measure(&setting, &stage)?;
         }
-    }
-    if wanted("guests") {
-        report["guests"] = guests::measure(&setting, &stage)?;
     }
     let path = out.join("switch.json");
     std::fs::write(&path, format!("{report:#}\n"))

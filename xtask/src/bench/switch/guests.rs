@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::contestant::{Contestant, Running, Wanted};
 use super::stage::Stage;
-use super::{Setting, list};
+use super::{Setting, list, turns};
 use crate::bench::guests::verdict;
 use crate::bench::load::{self, Process};
 use crate::bench::median;
@@ -23,8 +23,7 @@ pub fn measure(setting: &Setting, stage: &Stage) -> Result<Value> {
     let all = [Contestant::TernAdaptive, Contestant::OvsNormal];
     let mut runs: Vec<Vec<Value>> = vec![Vec::new(); all.len()];
     for run in 0..setting.runs {
-        for k in 0..all.len() {
-            let i = if run % 2 == 1 { all.len() - 1 - k } else { k };
+        for i in turns(run, all.len()) {
             runs[i].push(once(setting, stage, all[i])?);
         }
     }
@@ -48,7 +47,7 @@ fn sum(run: &Value) -> f64 {
 fn once(setting: &Setting, stage: &Stage, who: Contestant) -> Result<Value> {
     load::wait_quiet(setting.patience);
     let files = guest::ensure()?;
-    let mut command = stage.command(setting.frames.with_file_name("tern-iperf3"), "iperf3.log")?;
+    let mut command = stage.command(&setting.iperf3, "iperf3.log")?;
     command
         .args(["--seconds", SECONDS])
         .env("TERN_E2E", "1")

@@ -9,17 +9,11 @@ use serde_json::{Value, json};
 
 use super::contestant::{Contestant, Running, Wanted};
 use super::stage::Stage;
-use super::{Setting, list};
+use super::{Setting, list, turns};
 use crate::Result;
 use crate::bench::guests::verdict;
 use crate::bench::load::{self, Process};
 use crate::bench::median;
-
-/// How a row is measured.
-type Measure = fn(&Setting, &Stage) -> Result<Value>;
-
-/// The rows, by name.
-pub const ROWS: [(&str, Measure); 3] = [("latency", latency), ("idle", idle), ("scale", scale)];
 
 /// Frames a second at which latency is measured: about a tenth of what one core forwards.
 const TENTH: u32 = 600_000;
@@ -81,14 +75,14 @@ fn numbers(reports: &[Value], key: &str) -> Vec<f64> {
     reports.iter().map(|r| r[key].as_f64().unwrap_or(f64::NAN)).collect()
 }
 
-fn latency(setting: &Setting, stage: &Stage) -> Result<Value> {
+/// Time from one port to the other at a tenth of what a core forwards.
+pub fn latency(setting: &Setting, stage: &Stage) -> Result<Value> {
     let all =
         [Contestant::Tern, Contestant::TernAdaptive, Contestant::OvsRule, Contestant::OvsNormal];
     let mut reports: Vec<Vec<Value>> = vec![Vec::new(); all.len()];
     let rate = TENTH.to_string();
     for run in 0..setting.runs {
-        for k in 0..all.len() {
-            let i = if run % 2 == 1 { all.len() - 1 - k } else { k };
+        for i in turns(run, all.len()) {
             let what = ["latency", "--rate", &rate];
             let pair = Pair::start(setting, stage, all[i], (2, 8192), &what)?;
             reports[i].push(pair.report(stage)?);
@@ -143,7 +137,8 @@ fn microseconds(list: &Value) -> Vec<f64> {
     list.as_array().into_iter().flatten().filter_map(|v| Some(v.as_f64()? / 1e3)).collect()
 }
 
-fn idle(setting: &Setting, stage: &Stage) -> Result<Value> {
+/// Ports at which nothing happens, and what comes first afterwards.
+pub fn idle(setting: &Setting, stage: &Stage) -> Result<Value> {
     const PORTS: usize = 8;
     let mut rows = Vec::new();
     let wake = wake_up(setting, stage)?;
@@ -194,7 +189,8 @@ fn idle(setting: &Setting, stage: &Stage) -> Result<Value> {
     Ok(json!({ "wake_us": wake, "switches": rows }))
 }
 
-fn scale(setting: &Setting, stage: &Stage) -> Result<Value> {
+/// Many ports, many addresses.
+pub fn scale(setting: &Setting, stage: &Stage) -> Result<Value> {
     /// Ports and addresses. More ports are held against two with as many addresses, 100,000
     /// addresses against 1,000 at as many ports.
     const LAYOUTS: [(usize, usize); 6] =
@@ -203,8 +199,7 @@ fn scale(setting: &Setting, stage: &Stage) -> Result<Value> {
     const BASE: [usize; 6] = [0, 0, 0, 0, 4, 4];
     let mut rates: Vec<Vec<f64>> = vec![Vec::new(); LAYOUTS.len()];
     for run in 0..setting.runs {
-        for k in 0..LAYOUTS.len() {
-            let i = if run % 2 == 1 { LAYOUTS.len() - 1 - k } else { k };
+        for i in turns(run, LAYOUTS.len()) {
             let (ports, macs) = LAYOUTS[i];
             let count = macs.to_string();
             let what = ["flood", "--macs", &count];

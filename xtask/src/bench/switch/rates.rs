@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::contestant::{Contestant, Running, Wanted};
 use super::stage::Stage;
 use super::testpmd::{Frames, Testpmd};
-use super::{Setting, list};
+use super::{Setting, list, turns};
 use crate::Result;
 use crate::bench::{load, median};
 
@@ -113,11 +113,7 @@ pub fn measure(setting: &Setting, stage: &Stage, kinds: &[Frames]) -> Result<Vec
         }
     }
     for run in 0..setting.runs {
-        let mut order = Contestant::ALL;
-        if run % 2 == 1 {
-            order.reverse();
-        }
-        for who in order {
+        for who in turns(run, Contestant::ALL.len()).into_iter().map(|i| Contestant::ALL[i]) {
             let figures = undisturbed(setting, stage, who, kinds, 1, (&[1], &[0]))?;
             for (frames, (rate, others)) in kinds.iter().zip(&figures) {
                 let mut all = rows.iter_mut();
