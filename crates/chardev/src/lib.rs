@@ -8,7 +8,9 @@
 //! - `link`: one client's file descriptors, read and written without blocking.
 //! - `socket`, `pty`, `stdio`, `file`, `null`: where clients come from.
 //! - `mux`: several front ends on one back end.
+//! - `client_listener`: a socket that takes several clients at once, each a chardev.
 
+mod client_listener;
 mod error;
 mod file;
 mod link;
@@ -24,6 +26,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+pub use client_listener::{ClientListener, Waker};
 pub use error::Error;
 pub use mux::Mux;
 use spec::ChardevKind;

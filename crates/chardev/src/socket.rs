@@ -155,7 +155,7 @@ impl Drop for SocketFile {
     }
 }
 
-struct Server {
+pub(crate) struct Server {
     listener: Listener,
     name: String,
     /// accept() failed (out of fds): when to try again.
@@ -164,7 +164,7 @@ struct Server {
 }
 
 impl Server {
-    fn new(who: &str, address: &SocketAddress) -> Result<Self, Error> {
+    pub fn new(who: &str, address: &SocketAddress) -> Result<Self, Error> {
         let failed = |source: io::Error| match source.kind() {
             io::ErrorKind::AddrInUse => {
                 Error::InUse { who: who.into(), address: describe(address) }

@@ -67,6 +67,14 @@ struct Inbox {
     stop: bool,
     /// The worker has taken work and not come back for more.
     busy: bool,
+    /// When the client last came or said something.
+    heard: Option<Instant>,
+}
+
+impl Inbox {
+    fn idle(&self) -> bool {
+        !self.busy && self.items.is_empty() && self.events.is_empty()
+    }
 }
 
 enum Item {
@@ -147,11 +155,24 @@ impl Monitor {
     /// until `deadline`. Not for the monitor's own thread.
     pub fn flush(&self, deadline: Instant) {
         let mut inbox = self.shared.inbox.lock();
-        while inbox.busy || !inbox.items.is_empty() || !inbox.events.is_empty() {
+        while !inbox.idle() {
             if self.shared.wake.wait_until(&mut inbox, deadline).timed_out() {
                 return;
             }
         }
+    }
+
+    /// Whether its client has left and nothing is left to do for it.
+    pub fn finished(&self) -> bool {
+        let inbox = self.shared.inbox.lock();
+        inbox.client > 0 && !inbox.open && inbox.idle()
+    }
+
+    /// Since when its client has said nothing; `None` while it is being answered, and when there is
+    /// none.
+    pub fn silent_since(&self) -> Option<Instant> {
+        let inbox = self.shared.inbox.lock();
+        inbox.heard.filter(|_| inbox.open && inbox.idle())
     }
 }
 
@@ -181,13 +202,17 @@ impl Shared {
                 inbox.client = *client;
                 inbox.events.clear();
                 inbox.overflow = false;
+                inbox.heard = Some(Instant::now());
             }
             Item::Closed => {
                 inbox.open = false;
                 inbox.events.clear();
             }
             Item::Focus(_) | Item::InputEnded => {}
-            Item::Data(bytes, _) => inbox.waiting += bytes.len(),
+            Item::Data(bytes, _) => {
+                inbox.waiting += bytes.len();
+                inbox.heard = Some(Instant::now());
+            }
         }
         inbox.items.push_back(item);
         drop(inbox);
@@ -449,27 +474,39 @@ fn qmp_steps(session: &mut QmpSession, link: &Link, commands: &dyn Commands) {
             session.discard_input();
             return;
         }
-        let inbox = link.shared.inbox.lock();
-        if inbox.stop {
+        if link.shared.inbox.lock().stop {
             return;
         }
     }
 }
 
 fn hmp_item(session: &mut HmpSession, link: &Link, commands: &dyn Commands, work: Work) -> bool {
-    let output = match work {
-        Work::Item(Item::Opened(_)) => session.open(),
-        Work::Item(Item::Closed) => {
-            session.reset();
-            return false;
+    match work {
+        Work::Item(Item::Opened(_)) => link.send(&session.open().bytes),
+        Work::Item(Item::Closed) => session.reset(),
+        Work::Item(Item::Focus(true)) => link.send(&session.focus().bytes),
+        Work::Item(Item::Data(bytes, _)) => {
+            session.receive(&bytes);
+            hmp_steps(session, link, commands);
         }
-        Work::Item(Item::Focus(true)) => session.focus(),
-        Work::Item(Item::Focus(false) | Item::InputEnded) => return session.waiting(),
-        Work::Item(Item::Data(bytes, _)) => session.receive(&bytes, commands),
-        Work::Tick => session.tick(commands),
-        Work::Event(_) | Work::Overflow => return session.waiting(),
-    };
-    let Output { bytes } = output;
-    link.send(&bytes);
+        Work::Tick => {
+            link.send(&session.tick(commands).bytes);
+            hmp_steps(session, link, commands);
+        }
+        Work::Item(Item::Focus(false) | Item::InputEnded) | Work::Event(_) | Work::Overflow => {}
+    }
     session.waiting()
+}
+
+fn hmp_steps(session: &mut HmpSession, link: &Link, commands: &dyn Commands) {
+    while let Some(Output { bytes }) = session.step(commands) {
+        link.send(&bytes);
+        if !link.goes_on() {
+            session.discard_input();
+            return;
+        }
+        if link.shared.inbox.lock().stop {
+            return;
+        }
+    }
 }

@@ -15,7 +15,12 @@ use serde_json::{Value, json};
 struct Machine {
     events: EventBus,
     polls: AtomicU32,
+    /// Slow commands that have been run.
+    slow: AtomicU32,
 }
+
+/// How long `query-name` takes here.
+const SLOW: Duration = Duration::from_millis(5);
 
 impl Commands for Machine {
     fn execute(&self, name: &str, arguments: Value, fds: &ClientFds) -> Result<Value, Error> {
@@ -33,6 +38,11 @@ impl Commands for Machine {
                     let fd = fds.0.lock().remove(fd);
                     return fd.map(|_| json!({})).ok_or_else(|| Error::generic("no such fd"));
                 }
+            }
+            "query-name" => {
+                std::thread::sleep(SLOW);
+                self.slow.fetch_add(1, Ordering::SeqCst);
+                return Ok(json!({"name": "vm"}));
             }
             "query-migrate" => {
                 let n = self.polls.fetch_add(1, Ordering::SeqCst);
@@ -71,7 +81,11 @@ fn world(hmp: bool) -> World {
     };
     let chardev: Arc<dyn Chardev> = chardev::open(&config, chardev::Options::monitor()).unwrap();
     let events = EventBus::new();
-    let machine = Arc::new(Machine { events: events.clone(), polls: AtomicU32::new(0) });
+    let machine = Arc::new(Machine {
+        events: events.clone(),
+        polls: AtomicU32::new(0),
+        slow: AtomicU32::new(0),
+    });
     let monitor = if hmp {
         Monitor::hmp(chardev, machine.clone())
     } else {
@@ -194,6 +208,26 @@ fn what_a_client_asked_for_before_it_left_is_done() {
     while w.machine.polls.load(Ordering::SeqCst) < 2 {
         assert!(Instant::now() < deadline, "its commands were dropped");
         std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn what_a_client_leaves_behind_is_bounded() {
+    for hmp in [false, true] {
+        let w = world(hmp);
+        let mut c = Client::new(&w.path);
+        match hmp {
+            true => c.send(&"info name\n".repeat(2_000)),
+            false => {
+                c.send(r#"{"execute":"qmp_capabilities"}"#);
+                c.send(&r#"{"execute":"query-name"}"#.repeat(2_000));
+            }
+        }
+        drop(c);
+        let mut next = Client::new(&w.path);
+        next.until(if hmp { "(qemu) " } else { "\r\n" });
+        let run = w.machine.slow.load(Ordering::SeqCst);
+        assert!((1..500).contains(&run), "{run} commands, most of them of a client that had gone");
     }
 }
 

@@ -419,6 +419,9 @@ pub struct Process {
     pub paused: bool,
     /// `-incoming`: a URI, or "defer".
     pub incoming: Option<String>,
+    /// A unix socket on which QMP is served to several clients at once; for the `tern` commands.
+    #[serde(default)]
+    pub control: Option<PathBuf>,
 }
 
 /// Default RAM in bytes (QEMU's: 128 MiB).

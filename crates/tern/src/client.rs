@@ -1,7 +1,7 @@
 //! A small synchronous QMP client over a unix socket, for the `tern` commands.
 //!
-//! The VM's socket takes one client after another, so each command connects, says what it has to
-//! say and leaves: nobody who watches a migration keeps others from `tern ps`.
+//! The VM's control socket takes several clients at once and lets the longest silent one go when it
+//! is full, so each command connects, says what it has to say and leaves.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;

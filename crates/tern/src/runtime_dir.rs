@@ -24,8 +24,6 @@ use std::time::{Duration, Instant};
 
 /// Most bytes of a VM's name.
 pub const MAX_NAME: usize = 64;
-/// The chardev of the monitor that [`publish`] adds.
-pub const MONITOR_ID: &str = "tern-monitor";
 /// Most bytes read of a spec.json.
 const MAX_SPEC: u64 = 16 << 20;
 /// How long to wait for the lock under which directories are made: others hold it for moments.
@@ -170,7 +168,7 @@ impl Drop for RuntimeDir {
 }
 
 /// Makes `machine` a VM that the `tern` commands find: makes its runtime directory, describes it
-/// there, and adds the QMP monitor that they use to the machine. To be kept for as long as the
+/// there, and gives it the control socket that they use. To be kept for as long as the
 /// VM runs; to be called after `-daemonize` has forked, and before the chardevs are opened.
 ///
 /// A machine without a name gets "vm-PID"; one with a name that is taken, "NAME-2" and so on, as
@@ -205,24 +203,7 @@ fn publish_in(base: &Path, machine: &mut spec::Machine) -> Result<RuntimeDir, Er
         );
     }
     directory.write_spec(machine)?;
-    machine.chardevs.push(spec::Chardev {
-        id: MONITOR_ID.into(),
-        kind: spec::ChardevKind::Socket {
-            address: spec::SocketAddress::Unix { path: directory.qmp_socket() },
-            server: true,
-            wait: false,
-            reconnect: 0,
-        },
-        mux: false,
-        logfile: None,
-        log_append: false,
-        written: String::new(),
-    });
-    machine.monitors.push(spec::Monitor {
-        chardev: MONITOR_ID.into(),
-        mode: spec::MonitorMode::Control,
-        pretty: false,
-    });
+    machine.process.control = Some(directory.qmp_socket());
     Ok(directory)
 }
 

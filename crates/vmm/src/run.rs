@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use chardev::{Chardev, Options};
 use crossbeam_channel::Sender;
-use qapi::{Commands, EventBus, Monitor};
+use qapi::{Commands, ControlServer, ControlSocket, EventBus, Monitor};
 
 use crate::assemble;
 use crate::commands::Control;
@@ -41,6 +41,9 @@ fn try_run(spec: spec::Machine, ready: impl FnOnce()) -> Result<i32, String> {
     let (requests, asked) = crossbeam_channel::unbounded();
     signals::watch(requests.clone()).map_err(|e| format!("signal thread: {e}"))?;
     let events = EventBus::new();
+    // Before anything takes time: who asks early waits for the answer.
+    let bind = |path: &std::path::PathBuf| ControlSocket::bind(path).map_err(|e| e.to_string());
+    let socket = spec.process.control.as_ref().map(bind).transpose()?;
     let chardevs = open_chardevs(&spec, &requests)?;
     let machine = match spec.machine_type {
         spec::MachineType::None => None,
@@ -57,13 +60,13 @@ fn try_run(spec: spec::Machine, ready: impl FnOnce()) -> Result<i32, String> {
     });
     // Whoever is greeted by a monitor may count on it that the VM can be migrated to.
     listen(&control, &spec)?;
-    let monitors = start_monitors(&spec, &chardevs, &control, &events)?;
+    let monitors = Monitors::start(&spec, socket, &control, &events)?;
     signals::started();
     start(&control, &spec)?;
     ready();
-    let settle = || flush(&monitors, Instant::now() + DRAIN);
+    let settle = || monitors.flush(Instant::now() + DRAIN);
     let status = driver::drive(machine.as_ref(), &asked, &events, spec.actions, &settle);
-    finish(&control, &chardevs, &monitors);
+    finish(&control, monitors);
     Ok(status)
 }
 
@@ -90,26 +93,45 @@ fn open_chardevs(
     Ok(all)
 }
 
-fn start_monitors(
-    spec: &spec::Machine,
-    chardevs: &[Arc<dyn Chardev>],
-    control: &Arc<Control>,
-    events: &EventBus,
-) -> Result<Vec<Monitor>, String> {
-    let mut all = Vec::with_capacity(spec.monitors.len());
-    for monitor in &spec.monitors {
-        let chardev = find_chardev(chardevs, &monitor.chardev)?;
-        let commands: Arc<dyn Commands> = control.clone();
-        let made = match monitor.mode {
-            spec::MonitorMode::Control => Monitor::qmp(chardev, commands, events, monitor.pretty),
-            spec::MonitorMode::Readline if is_mux(spec, &monitor.chardev) => {
-                Monitor::hmp_on_mux(chardev, commands)
-            }
-            spec::MonitorMode::Readline => Monitor::hmp(chardev, commands),
-        };
-        all.push(made.map_err(|e| format!("monitor on '{}': {e}", monitor.chardev))?);
+/// Who is answered: the monitors that the user asked for, and the `tern` commands.
+struct Monitors {
+    all: Vec<Monitor>,
+    server: Option<ControlServer>,
+}
+
+impl Monitors {
+    fn start(
+        spec: &spec::Machine,
+        socket: Option<ControlSocket>,
+        control: &Arc<Control>,
+        events: &EventBus,
+    ) -> Result<Self, String> {
+        let commands = || -> Arc<dyn Commands> { control.clone() };
+        let mut all = Vec::with_capacity(spec.monitors.len());
+        for monitor in &spec.monitors {
+            let chardev = find_chardev(&control.chardevs, &monitor.chardev)?;
+            let made = match monitor.mode {
+                spec::MonitorMode::Control => {
+                    Monitor::qmp(chardev, commands(), events, monitor.pretty)
+                }
+                spec::MonitorMode::Readline if is_mux(spec, &monitor.chardev) => {
+                    Monitor::hmp_on_mux(chardev, commands())
+                }
+                spec::MonitorMode::Readline => Monitor::hmp(chardev, commands()),
+            };
+            all.push(made.map_err(|e| format!("monitor on '{}': {e}", monitor.chardev))?);
+        }
+        let server = socket.map(|socket| socket.serve(commands(), events)).transpose();
+        Ok(Self { all, server: server.map_err(|e| format!("control socket: {e}"))? })
     }
-    Ok(all)
+
+    /// Waits until nobody has anything more to be told, or until `deadline`.
+    fn flush(&self, deadline: Instant) {
+        self.all.iter().for_each(|monitor| monitor.flush(deadline));
+        if let Some(server) = &self.server {
+            server.flush(deadline);
+        }
+    }
 }
 
 fn is_mux(spec: &spec::Machine, id: &str) -> bool {
@@ -144,21 +166,19 @@ fn start(control: &Control, spec: &spec::Machine) -> Result<(), String> {
     }
 }
 
-/// Waits until the monitors have nothing more to say, or until `deadline`.
-fn flush(monitors: &[Monitor], deadline: Instant) {
-    monitors.iter().for_each(|monitor| monitor.flush(deadline));
-}
-
 /// Stops what runs, so that disks are flushed and nothing is written half, and lets every client
 /// read what was meant for it.
-fn finish(control: &Control, chardevs: &[Arc<dyn Chardev>], monitors: &[Monitor]) {
+fn finish(control: &Control, monitors: Monitors) {
     if let Some((machine, migration)) = &control.machine {
         migration.cancel();
         machine.end();
     }
     let deadline = Instant::now() + DRAIN;
-    flush(monitors, deadline);
-    for chardev in chardevs {
+    monitors.flush(deadline);
+    if let Some(server) = monitors.server {
+        server.close(deadline);
+    }
+    for chardev in &control.chardevs {
         chardev.drain(deadline);
         chardev.close();
     }

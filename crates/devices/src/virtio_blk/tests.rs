@@ -9,9 +9,15 @@ use virtio::testing::{CountingInterrupt, DriverRing, ram};
 use super::*;
 use crate::testing::CountingEvents;
 
-const HEADER_AT: u64 = 0x10000;
-const STATUS_AT: u64 = 0x11000;
-const DATA_AT: u64 = 0x20000;
+/// Where requests are, each in a slot of its own: its neighbours may be in flight.
+const SLOTS_AT: u64 = 0x20000;
+const SLOTS: u64 = 16;
+const SLOT: u64 = 0x8000;
+/// What a slot holds, and where.
+const HEADER: u64 = 0;
+const STATUS: u64 = 0x10;
+const OUT: u64 = 0x1000;
+const IN: u64 = 0x4000;
 
 struct Machine {
     _file: tempfile::NamedTempFile,
@@ -20,6 +26,12 @@ struct Machine {
     ring: DriverRing,
     kick: vmm_sys_util::eventfd::EventFd,
     events: Arc<CountingEvents>,
+    /// Requests that were sent.
+    sent: u64,
+    /// Slots by the ids that their requests have on the ring.
+    slots: std::collections::HashMap<u16, u64>,
+    /// The slot of the last answer.
+    answered: u64,
 }
 
 impl Machine {
@@ -44,7 +56,8 @@ impl Machine {
         let events = Arc::new(CountingEvents::default());
         blk.activate(features, events.clone()).unwrap();
         let kick = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
-        let mut m = Self { _file: file, mem, blk, ring, kick, events };
+        let slots = std::collections::HashMap::new();
+        let mut m = Self { _file: file, mem, blk, ring, kick, events, sent: 0, slots, answered: 0 };
         m.start(None);
         m
     }
@@ -59,19 +72,23 @@ impl Machine {
         let mut header = [0; 16];
         header[..4].copy_from_slice(&kind.to_le_bytes());
         header[8..].copy_from_slice(&sector.to_le_bytes());
-        self.mem.write(HEADER_AT, &header).unwrap();
-        self.mem.write(DATA_AT, out).unwrap();
-        self.mem.write(STATUS_AT, &[0xee]).unwrap();
-        let mut readable = vec![(HEADER_AT, 16)];
+        assert!(out.len() as u64 <= IN - OUT && u64::from(room) <= SLOT - IN);
+        let slot = SLOTS_AT + self.sent % SLOTS * SLOT;
+        self.sent += 1;
+        self.mem.write(slot + HEADER, &header).unwrap();
+        self.mem.write(slot + OUT, out).unwrap();
+        self.mem.write(slot + STATUS, &[0xee]).unwrap();
+        let mut readable = vec![(slot + HEADER, 16)];
         let mut writable = Vec::new();
         if !out.is_empty() {
-            readable.push((DATA_AT, out.len() as u32));
+            readable.push((slot + OUT, out.len() as u32));
         }
         if room > 0 {
-            writable.push((DATA_AT + 0x10000, room));
+            writable.push((slot + IN, room));
         }
-        writable.push((STATUS_AT, 1));
-        self.ring.add(&readable, &writable, None).unwrap();
+        writable.push((slot + STATUS, 1));
+        let id = self.ring.add(&readable, &writable, None).unwrap();
+        assert!(self.slots.insert(id, slot).is_none());
         self.kick.write(1).unwrap();
     }
 
@@ -79,9 +96,10 @@ impl Machine {
     fn answer(&mut self) -> (u8, u32) {
         let start = Instant::now();
         loop {
-            if let Some((_, len)) = self.ring.poll_used() {
+            if let Some((id, len)) = self.ring.poll_used() {
                 let mut status = [0];
-                self.mem.read(STATUS_AT, &mut status).unwrap();
+                self.answered = self.slots.remove(&id).unwrap();
+                self.mem.read(self.answered + STATUS, &mut status).unwrap();
                 return (status[0], len);
             }
             assert!(start.elapsed() < Duration::from_secs(10), "no answer");
@@ -96,7 +114,7 @@ impl Machine {
 
     fn data(&self, len: usize) -> Vec<u8> {
         let mut data = vec![0; len];
-        self.mem.read(DATA_AT + 0x10000, &mut data).unwrap();
+        self.mem.read(self.answered + IN, &mut data).unwrap();
         data
     }
 }
@@ -161,7 +179,8 @@ fn nonsense_gets_an_error_and_no_more() {
     assert_eq!(m.events.reset.load(Ordering::SeqCst), 0);
     assert_eq!(m.ask(0, 0, &[], 512).0, 0);
     // No header: the device gives up and can still be stopped and reset.
-    m.ring.add(&[(HEADER_AT, 8)], &[(STATUS_AT, 1)], None).unwrap();
+    let id = m.ring.add(&[(SLOTS_AT, 8)], &[(SLOTS_AT + STATUS, 1)], None).unwrap();
+    m.slots.insert(id, SLOTS_AT);
     m.kick.write(1).unwrap();
     m.answer();
     let start = Instant::now();

@@ -1,5 +1,7 @@
 //! [`HmpSession`]: one terminal with HMP: prompt, editing, completion, and a `migrate` that waits.
 
+use std::collections::VecDeque;
+
 use super::commands::{self, Outcome};
 use super::editor::{Editor, Key};
 use crate::command::{ClientFds, Commands};
@@ -13,7 +15,8 @@ pub struct Output {
     pub bytes: Vec<u8>,
 }
 
-/// See the module's header. No socket, clock or thread inside: the caller calls
+/// See the module's header. Input is given to [`receive`](Self::receive) and worked off a command
+/// at a time by [`step`](Self::step). No socket, clock or thread inside: the caller calls
 /// [`tick`](Self::tick) now and then while [`waiting`](Self::waiting).
 #[derive(Default)]
 pub struct HmpSession {
@@ -21,7 +24,7 @@ pub struct HmpSession {
     fds: ClientFds,
     /// A migration that this terminal waits for.
     migrating: bool,
-    typed_ahead: Vec<u8>,
+    input: VecDeque<u8>,
     /// Nothing is shown before the keys come here.
     mux: bool,
     /// The prompt has been shown since the client came.
@@ -67,7 +70,7 @@ impl HmpSession {
         self.editor.reset();
         self.migrating = false;
         self.shown = false;
-        self.typed_ahead.clear();
+        self.input.clear();
         self.fds.0.lock().clear();
     }
 
@@ -76,34 +79,56 @@ impl HmpSession {
         self.migrating
     }
 
-    /// Input from the terminal.
-    pub fn receive(&mut self, bytes: &[u8], commands: &dyn Commands) -> Output {
-        let mut out = Vec::new();
-        for byte in bytes {
-            if self.migrating {
-                if self.typed_ahead.len() < MAX_TYPED_AHEAD {
-                    self.typed_ahead.push(*byte);
-                }
-                continue;
-            }
-            match self.editor.byte(*byte, &mut out) {
-                Key::Nothing => {}
-                Key::Line(line) => {
-                    match commands::run(&line, commands, &self.fds, true) {
-                        Outcome::Text(text) => out.extend(terminal(&text)),
-                        Outcome::Migrating => self.migrating = true,
-                    }
-                    if !self.migrating {
-                        self.editor.show(&mut out);
-                    }
-                }
-                Key::Complete(text) => self.complete(&text, &mut out),
-            }
-        }
-        Output { bytes: out }
+    /// Input from the terminal; what exceeds [`MAX_TYPED_AHEAD`] during a `migrate` is dropped.
+    pub fn receive(&mut self, bytes: &[u8]) {
+        let room = if self.migrating {
+            MAX_TYPED_AHEAD.saturating_sub(self.input.len())
+        } else {
+            bytes.len()
+        };
+        self.input.extend(&bytes[..bytes.len().min(room)]);
     }
 
-    /// Shows the progress of a `migrate` that is waited for, and the prompt when it is over.
+    /// Works off the input up to the end of a command; `None` when nothing is left, or when what is
+    /// left waits for a `migrate`.
+    pub fn step(&mut self, commands: &dyn Commands) -> Option<Output> {
+        if self.migrating || self.input.is_empty() {
+            return None;
+        }
+        let mut out = Vec::new();
+        while let Some(byte) = self.input.pop_front() {
+            match self.editor.byte(byte, &mut out) {
+                Key::Nothing => {}
+                Key::Line(line) => {
+                    self.execute(&line, commands, &mut out);
+                    break;
+                }
+                Key::Complete(text) => {
+                    self.complete(&text, &mut out);
+                    break;
+                }
+            }
+        }
+        Some(Output { bytes: out })
+    }
+
+    fn execute(&mut self, line: &str, commands: &dyn Commands, out: &mut Vec<u8>) {
+        match commands::run(line, commands, &self.fds, true) {
+            Outcome::Text(text) => {
+                out.extend(terminal(&text));
+                self.editor.show(out);
+            }
+            Outcome::Migrating => self.migrating = true,
+        }
+    }
+
+    /// Drops what has not been worked off.
+    pub fn discard_input(&mut self) {
+        self.input.clear();
+    }
+
+    /// Shows the progress of a `migrate` that is waited for, and the prompt when it is over; what
+    /// was typed meanwhile is then for [`step`](Self::step).
     pub fn tick(&mut self, commands: &dyn Commands) -> Output {
         if !self.migrating {
             return Output::default();
@@ -113,8 +138,6 @@ impl HmpSession {
         if over {
             self.migrating = false;
             self.editor.show(&mut bytes);
-            let typed = std::mem::take(&mut self.typed_ahead);
-            bytes.extend(self.receive(&typed, commands).bytes);
         }
         Output { bytes }
     }
