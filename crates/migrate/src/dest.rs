@@ -275,6 +275,7 @@ impl Driver {
         self.untouched = !self.session.receiving();
         let keep =
             self.inner.options.keep_listening && self.untouched && !matches!(input, Input::Cancel);
+        let lost = matches!(input, Input::ControlLost(_));
         let outputs = self.session.step(input);
         let any = !outputs.is_empty();
         for output in outputs {
@@ -286,6 +287,10 @@ impl Driver {
                 }
                 output => self.perform(output),
             }
+        }
+        // After the last words on it: the source must not wait for more.
+        if lost && let Some(control) = &self.control {
+            control.shutdown();
         }
         any
     }

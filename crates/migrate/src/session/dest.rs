@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use state::{Section, Sections};
 
-use super::{HELLO_PATIENCE, RESOLVE_PATIENCE, STOPPED_PATIENCE};
+use super::{ASKED_PATIENCE, HELLO_PATIENCE, STOPPED_PATIENCE};
 use crate::wire::{Hello, MAX_RAM_CHANNELS, MAX_STATE_BYTES, Msg, Resolution, Role, SessionId};
 use crate::{Error, LateFrame, Preamble, Result};
 
@@ -143,9 +143,10 @@ impl Dest {
         match self.state {
             State::Start | State::Preamble => Some(HELLO_PATIENCE),
             State::Ready if self.link => Some(STOPPED_PATIENCE),
-            State::Ready => Some(RESOLVE_PATIENCE),
-            State::Held if !self.stranded => Some(RESOLVE_PATIENCE),
-            State::Released | State::Failed(_) => Some(RESOLVE_PATIENCE),
+            State::Ready | State::Failed(_) => Some(ASKED_PATIENCE),
+            State::Held if !self.stranded => Some(ASKED_PATIENCE),
+            // A released one answers until it hears that no more questions will come: if it went
+            // away earlier, a source that missed its answer would take its process for dead.
             _ => None,
         }
     }

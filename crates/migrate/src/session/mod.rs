@@ -27,6 +27,7 @@ pub const HELLO_PATIENCE: Duration = Duration::from_secs(10);
 pub const PREPARE_PATIENCE: Duration = Duration::from_secs(120);
 /// How long the guest may stand still for a peer that does not answer, before go.
 pub const STOPPED_PATIENCE: Duration = Duration::from_secs(30);
-/// How long a source tries to ask a destination that it lost after go, and how long a destination
-/// waits for that.
+/// How long a source tries to ask a destination that it lost after go.
 pub const RESOLVE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a destination waits for that: longer, so that the last try still finds it.
+pub const ASKED_PATIENCE: Duration = Duration::from_secs(15);

@@ -31,9 +31,11 @@ enum Fault {
     DestDies,
     Cancel,
     DestCancel,
+    /// The destination's patience runs out, however early: the two sides' clocks are their own.
+    DestTimeout,
 }
 
-const FAULTS: [Fault; 8] = [
+const FAULTS: [Fault; 9] = [
     Fault::Cut,
     Fault::CutAfterToDst,
     Fault::CutAfterToSrc,
@@ -42,6 +44,7 @@ const FAULTS: [Fault; 8] = [
     Fault::DestDies,
     Fault::Cancel,
     Fault::DestCancel,
+    Fault::DestTimeout,
 ];
 
 /// What cannot be done, all the time.
@@ -70,6 +73,8 @@ struct World {
     src: Source,
     dst: Dest,
     alive: bool,
+    /// The destination listens no more: a new connection is refused.
+    closed: bool,
     broken: Broken,
     connected: bool,
     to_dst: VecDeque<Msg>,
@@ -106,6 +111,7 @@ impl World {
             src: Source::new([1; 16], preamble(), 1),
             dst: Dest::new(),
             alive: true,
+            closed: false,
             broken,
             connected: true,
             to_dst: VecDeque::new(),
@@ -230,7 +236,7 @@ impl World {
                 self.connected = false;
                 if self.broken.unreachable {
                     Input::Timeout
-                } else if self.alive {
+                } else if self.alive && !self.closed {
                     self.connected = true;
                     Input::Reconnected
                 } else {
@@ -316,7 +322,10 @@ impl World {
                 self.dst_end = Some(r);
                 return;
             }
-            Output::Close => return,
+            Output::Close => {
+                self.closed = true;
+                return;
+            }
         };
         self.dst_in.push_back(input);
     }
@@ -374,6 +383,12 @@ impl World {
             }
             Fault::DestCancel => {
                 self.dst_step(dest::Input::Cancel);
+                return;
+            }
+            Fault::DestTimeout => {
+                if self.dst.patience().is_some() {
+                    self.dst_step(dest::Input::Timeout);
+                }
                 return;
             }
         }
