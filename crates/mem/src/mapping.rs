@@ -64,8 +64,9 @@ pub(crate) fn map(
     let big = if len >= HUGE { HUGE } else { PAGE_SIZE as usize };
     let mapping = reserve(len, big.max(page_size as usize)).map_err(failed)?;
     // Huge pages are reserved here, where a lack of them is an error; without, the first access to
-    // a missing one would kill the process.
-    let mut flags = if huge { 0 } else { libc::MAP_NORESERVE };
+    // a missing one would kill the process. Anonymous memory is accounted, so that the kernel
+    // refuses what this host could never give (its vm.overcommit_memory decides).
+    let mut flags = if huge || file.is_none() { 0 } else { libc::MAP_NORESERVE };
     flags |= if backing.share && file.is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
     if file.is_none() {
         flags |= libc::MAP_ANONYMOUS;
@@ -116,7 +117,11 @@ fn populate(map: &Mapping) -> Result<()> {
     if unsafe { libc::madvise(at, map.len, libc::MADV_POPULATE_WRITE) } == 0 {
         return Ok(());
     }
-    let source = std::io::Error::last_os_error();
+    let mut source = std::io::Error::last_os_error();
+    // So the kernel says that an access would be a SIGBUS: the file cannot get the page.
+    if source.raw_os_error() == Some(libc::EFAULT) {
+        source = std::io::Error::from_raw_os_error(libc::ENOSPC);
+    }
     let what = format!("cannot allocate {:#x} bytes of guest RAM beforehand", map.len);
     Err(Error::Host { what, source })
 }

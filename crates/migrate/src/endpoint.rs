@@ -30,6 +30,9 @@ pub struct Preamble {
     /// queues 2, features 0x..."). Whatever must be equal at both ends is in the text.
     #[n(5)]
     pub devices: Vec<DeviceSpec>,
+    /// How the vCPUs are arranged ("sockets=1,dies=1,cores=2,threads=1"), as the guest sees it.
+    #[n(6)]
+    pub topology: Option<String>,
 }
 
 /// A device as the other end must have it too.

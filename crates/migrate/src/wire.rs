@@ -386,6 +386,7 @@ mod tests {
             vcpus: 2,
             ram: vec![(0, 1 << 20)],
             devices: vec![],
+            topology: None,
         };
         let section =
             Section { name: "rtc".into(), kind: "rtc".into(), version: 1, payload: vec![1, 2] };

@@ -18,7 +18,7 @@
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -247,6 +247,7 @@ fn list_in(base: &Path) -> Result<Vec<Entry>, Error> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(io_error("read", base)(e)),
     };
+    check_owner(base)?;
     let mut found = Vec::new();
     let mut dead = false;
     for entry in entries.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())) {
@@ -333,12 +334,27 @@ pub fn base() -> PathBuf {
     }
 }
 
+/// Refuses a directory that others can put things into: in `/tmp` anybody may have made it first.
+fn check_owner(base: &Path) -> Result<(), Error> {
+    let data = std::fs::symlink_metadata(base).map_err(io_error("look at", base))?;
+    // SAFETY: no arguments, cannot fail.
+    let ours = data.uid() == unsafe { libc::geteuid() };
+    if data.is_dir() && ours && data.mode() & 0o022 == 0 {
+        return Ok(());
+    }
+    let what = "expected a directory of this user's that nobody else may write to; set \
+                XDG_RUNTIME_DIR to such a one";
+    let source = io::Error::new(io::ErrorKind::PermissionDenied, what);
+    Err(io_error("use the directory", base)(source))
+}
+
 fn open_pid(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
 }
 
 /// The lock under which directories in `base` are made and removed; it goes with the file.
 fn lock_base(base: &Path, patience: Duration) -> Result<File, Error> {
+    check_owner(base)?;
     let path = base.join(".lock");
     let file = open_pid(&path).map_err(io_error("open", &path))?;
     let deadline = Instant::now() + patience;
@@ -391,6 +407,8 @@ fn live_pid(path: &Path) -> Option<i32> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -497,8 +515,9 @@ mod tests {
         let mut kept = Vec::new();
         for _ in 0..3 {
             let mut machine = spec::Machine { name: Some(name.clone()), ..Default::default() };
-            kept.push(publish_in(base.path(), &mut machine).unwrap());
-            assert_eq!(machine.monitors[0].chardev, machine.chardevs[0].id);
+            let directory = publish_in(base.path(), &mut machine).unwrap();
+            assert_eq!(machine.process.control, Some(directory.qmp_socket()));
+            kept.push(directory);
         }
         let mut nameless = spec::Machine::default();
         kept.push(publish_in(base.path(), &mut nameless).unwrap());
@@ -506,6 +525,22 @@ mod tests {
             list_in(base.path()).unwrap().into_iter().map(|e| e.name).collect();
         assert_eq!(names.len(), 4);
         assert!(names[0].starts_with("vm-") && names.contains(&name), "{names:?}");
+    }
+
+    #[test]
+    fn a_directory_that_others_may_write_to_is_refused() {
+        let base = tempfile::tempdir().unwrap();
+        let open = base.path().join("open");
+        DirBuilder::new().create(&open).unwrap();
+        std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o777)).unwrap();
+        let link = base.path().join("link");
+        std::os::unix::fs::symlink(base.path(), &link).unwrap();
+        for bad in [&open, &link] {
+            let error = publish_in(bad, &mut spec::Machine::default()).unwrap_err().to_string();
+            assert!(error.contains("XDG_RUNTIME_DIR"), "{error}");
+            assert!(list_in(bad).is_err());
+            assert!(!bad.join(".lock").exists());
+        }
     }
 
     #[test]

@@ -22,9 +22,14 @@ pub fn run(args: &Args) -> Outcome {
     let name = &vm.name;
     let status = status(&vm)?;
     if status != "running" {
+        let cure = match status.as_str() {
+            "postmigrate" => "its guest was migrated away; ",
+            "inmigrate" => "its guest has not come yet; ",
+            _ => "its guest cannot shut down; continue it with `tern monitor NAME cont`, or ",
+        };
         return Err(format!(
-            "VM {name} is not running but '{status}', so its guest cannot shut down; \
-             continue it with `tern monitor {name} cont`, or end it with `tern kill {name}`"
+            "VM {name} is not running but '{status}': {}end it with `tern kill {name}`",
+            cure.replace("NAME", name)
         )
         .into());
     }

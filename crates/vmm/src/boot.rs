@@ -45,7 +45,7 @@ pub enum Error {
         "{what}{path} ({size} bytes) does not fit into the guest's memory; give it more with -m"
     )]
     TooLarge { what: &'static str, path: String, size: u64 },
-    #[error("the kernel command line has {len} bytes, at most {max} fit")]
+    #[error("-append: the kernel command line has {len} bytes, at most {max} fit")]
     CommandLine { len: usize, max: usize },
     #[error("guest memory: {0}")]
     Memory(#[from] mem::Error),

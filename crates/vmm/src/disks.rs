@@ -67,6 +67,16 @@ impl Disk {
         Ok(Box::new(VirtioBlk::new(config, self.image.clone())?))
     }
 
+    /// The unit name of its device.
+    pub fn device_name(&self) -> &str {
+        &self.device
+    }
+
+    /// Sectors of 512 bytes that the guest sees.
+    pub fn sectors(&self) -> u64 {
+        self.image.len().div_ceil(512)
+    }
+
     /// Lets the destination of a migration have the image.
     pub fn release_locks(&self) -> Result<(), String> {
         self.image.release_locks().map_err(|e| e.to_string())

@@ -40,6 +40,7 @@ impl Endpoint for MachineEndpoint {
             vcpus: parts.vcpus.len() as u32,
             ram: parts.mem.regions().iter().map(|r| (r.gpa, r.size)).collect(),
             devices: devices.collect(),
+            topology: Some(topology(&parts.spec.smp)),
         })
     }
 
@@ -154,6 +155,9 @@ impl MachineEndpoint {
             all.push(("queues".into(), sizes.len().to_string()));
             all.push(("MSI-X vectors".into(), info.vectors.to_string()));
         }
+        if let Some(disk) = parts.disks.iter().find(|d| d.device_name() == unit) {
+            all.push(("disk size in sectors".into(), disk.sectors().to_string()));
+        }
         all
     }
 }
@@ -170,9 +174,14 @@ fn differences(theirs: &Preamble, ours: &Preamble) -> Vec<String> {
     differ("CPU model", theirs.cpu_model.clone(), ours.cpu_model.clone());
     differ("number of vCPUs", theirs.vcpus.to_string(), ours.vcpus.to_string());
     differ("memory", ram_text(theirs), ram_text(ours));
-    // The count is told: what CPUID says of it as well would hide what else differs.
     let count_differs = theirs.vcpus != ours.vcpus;
-    all.extend(cpuid_differences(&theirs.cpuid, &ours.cpuid, count_differs));
+    let mut told = count_differs;
+    if let (false, Some(source), Some(here)) = (count_differs, &theirs.topology, &ours.topology) {
+        differ("arrangement of the vCPUs (-smp)", source.clone(), here.clone());
+        told = source != here;
+    }
+    // What CPUID says of what is told already would hide what else differs.
+    all.extend(cpuid_differences(&theirs.cpuid, &ours.cpuid, told));
     all.extend(device_differences(&theirs.devices, &ours.devices));
     all
 }
@@ -182,6 +191,11 @@ fn ram_text(p: &Preamble) -> String {
     let parts: Vec<_> =
         p.ram.iter().map(|(at, size)| format!("{} KiB at {at:#x}", size >> 10)).collect();
     format!("{} MiB ({})", total >> 20, parts.join(", "))
+}
+
+fn topology(smp: &spec::Smp) -> String {
+    let spec::Smp { sockets, dies, cores, threads, .. } = smp;
+    format!("sockets={sockets},dies={dies},cores={cores},threads={threads}")
 }
 
 type CpuidRow = (u32, u32, u32, u32, u32, u32);
@@ -207,7 +221,8 @@ fn bits_of_vcpu_count(function: u32) -> [u32; 4] {
 const REGISTERS: [(Reg, &str); 4] =
     [(Reg::Eax, "eax"), (Reg::Ebx, "ebx"), (Reg::Ecx, "ecx"), (Reg::Edx, "edx")];
 
-fn cpuid_differences(theirs: &[CpuidRow], ours: &[CpuidRow], count_differs: bool) -> Vec<String> {
+/// `told`: that number or arrangement of the vCPUs differ is told already.
+fn cpuid_differences(theirs: &[CpuidRow], ours: &[CpuidRow], told: bool) -> Vec<String> {
     let table = |rows: &[CpuidRow]| -> BTreeMap<(u32, u32), [u32; 4]> {
         rows.iter().map(|r| ((r.0, r.1), [r.2, r.3, r.4, r.5])).collect()
     };
@@ -219,8 +234,8 @@ fn cpuid_differences(theirs: &[CpuidRow], ours: &[CpuidRow], count_differs: bool
         let (a, b) = (theirs.get(&(function, index)), ours.get(&(function, index)));
         let (a, b) = (a.copied().unwrap_or_default(), b.copied().unwrap_or_default());
         for (i, (_, register)) in REGISTERS.into_iter().enumerate() {
-            let told = if count_differs { bits_of_vcpu_count(function)[i] } else { 0 };
-            let mut differs = (a[i] ^ b[i]) & !told;
+            let covered = if told { bits_of_vcpu_count(function)[i] } else { 0 };
+            let mut differs = (a[i] ^ b[i]) & !covered;
             for f in features::all().filter(|f| {
                 (f.word.leaf, f.word.index) == (function, index) && f.word.reg == REGISTERS[i].0
             }) {
@@ -320,6 +335,7 @@ mod tests {
             vcpus: 2,
             ram: vec![(0, 256 << 20)],
             devices: vec![device("net0"), device("net1")],
+            topology: None,
         }
     }
 
@@ -340,11 +356,13 @@ mod tests {
             }
         };
         let of = |model: &str, (sockets, cores, threads): (u32, u32, u32)| {
-            let topology = hv::cpu::Topology { sockets, dies: 1, cores, threads };
-            let table = hv::cpu::build(&host, model, &BTreeMap::new(), &topology, 0).unwrap();
+            let arranged = hv::cpu::Topology { sockets, dies: 1, cores, threads };
+            let table = hv::cpu::build(&host, model, &BTreeMap::new(), &arranged, 0).unwrap();
             let rows = table.iter().map(|e| (e.function, e.index, e.eax, e.ebx, e.ecx, e.edx));
             let vcpus = sockets * cores * threads;
-            Preamble { cpuid: rows.collect(), vcpus, ..preamble() }
+            let smp = spec::Smp { cpus: vcpus, max_cpus: vcpus, sockets, dies: 1, cores, threads };
+            let topology = Some(topology(&smp));
+            Preamble { cpuid: rows.collect(), vcpus, topology, ..preamble() }
         };
         for model in ["host", "EPYC-Rome", "Skylake-Server"] {
             for topology in [(4, 1, 1), (1, 4, 1), (2, 4, 2)] {
@@ -356,7 +374,11 @@ mod tests {
             let mut fewer = of(model, (2, 1, 1));
             fewer.cpuid.iter_mut().filter(|r| r.0 == 1).for_each(|r| r.4 ^= 1);
             assert_eq!(differences(&of(model, (1, 1, 1)), &fewer).len(), 2, "{model}");
-            assert!(!differences(&of(model, (1, 4, 1)), &of(model, (1, 1, 4))).is_empty());
+            let all = differences(&of(model, (1, 4, 1)), &of(model, (1, 1, 4)));
+            let [only] = &all[..] else { panic!("{model}: {all:?}") };
+            let expected =
+                "arrangement of the vCPUs (-smp): the source has sockets=1,dies=1,cores=4";
+            assert!(only.starts_with(expected), "{only}");
         }
     }
 

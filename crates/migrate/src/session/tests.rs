@@ -102,6 +102,7 @@ fn preamble() -> Preamble {
         vcpus: 1,
         ram: vec![],
         devices: vec![],
+        topology: None,
     }
 }
 

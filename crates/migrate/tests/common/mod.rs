@@ -135,6 +135,7 @@ impl Endpoint for Machine {
             vcpus: self.vcpus,
             ram: self.memory.regions().iter().map(|r| (r.gpa, r.size)).collect(),
             devices: vec![],
+            topology: None,
         })
     }
     fn differences(&self, remote: &Preamble) -> Vec<String> {
