@@ -27,6 +27,9 @@ const SLICE: Duration = Duration::from_millis(50);
 const WRITE_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the control connection may take to say why a memory connection ended.
 const CAUSE_PATIENCE: Duration = Duration::from_millis(500);
+/// Who has greeted and not said for so long what machine it has makes room for the next who greets:
+/// a source says both at once.
+const STRANGER_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How a destination behaves.
 #[derive(Debug, Clone, Copy, Default)]
@@ -210,6 +213,8 @@ struct Driver {
     go: Option<Instant>,
     restart: bool,
     close: bool,
+    /// When something last came of what happened.
+    since: Instant,
     /// A memory connection ended, and until when the control connection may say why.
     ram_lost: Option<(Instant, Error)>,
     /// No memory had moved before the step that is performed now.
@@ -230,23 +235,23 @@ impl Driver {
             go: None,
             restart: false,
             close: false,
+            since: Instant::now(),
             ram_lost: None,
             untouched: true,
         }
     }
 
     fn run(mut self, rx: &mpsc::Receiver<Event>) {
-        let mut since = Instant::now();
         while !self.close {
             if self.restart {
                 self.start_over();
             }
             let input = match self.inputs.pop_front() {
                 Some(input) => Some(input),
-                None => self.wait(rx, since),
+                None => self.wait(rx),
             };
             if input.is_some_and(|input| self.step(input)) {
-                since = Instant::now();
+                self.since = Instant::now();
             }
         }
         self.inner.closed.store(true, Ordering::Release);
@@ -258,7 +263,7 @@ impl Driver {
         self.ram.drain(..).flatten().for_each(|c| c.shutdown());
     }
 
-    /// After a refusal: the next source may come.
+    /// After a refusal, and after one who was no source: the next may come.
     fn start_over(&mut self) {
         self.hang_up();
         self.epoch += 1;
@@ -273,8 +278,10 @@ impl Driver {
     fn step(&mut self, input: Input) -> bool {
         // Until memory moves, the machine is as good as new.
         self.untouched = !self.session.receiving();
-        let keep =
-            self.inner.options.keep_listening && self.untouched && !matches!(input, Input::Cancel);
+        // Who has not said what machine it has may be anybody, and ends nothing.
+        let stranger = !self.session.has_preamble();
+        let keep = (stranger || self.inner.options.keep_listening && self.untouched)
+            && !matches!(input, Input::Cancel);
         let lost = matches!(input, Input::ControlLost(_));
         let outputs = self.session.step(input);
         let any = !outputs.is_empty();
@@ -282,7 +289,10 @@ impl Driver {
             match output {
                 Output::Discard if keep => {}
                 Output::End(result) if keep => {
-                    self.inner.events.ended(&result);
+                    match result {
+                        Err(e) if stranger => tracing::warn!("{e}; still waiting for a source"),
+                        result => self.inner.events.ended(&result),
+                    }
                     self.restart = true;
                 }
                 output => self.perform(output),
@@ -295,11 +305,11 @@ impl Driver {
         any
     }
 
-    fn wait(&mut self, rx: &mpsc::Receiver<Event>, since: Instant) -> Option<Input> {
+    fn wait(&mut self, rx: &mpsc::Receiver<Event>) -> Option<Input> {
         let patience = self.session.patience();
         let left = patience
             .filter(|_| self.control.is_some())
-            .map(|limit| limit.saturating_sub(since.elapsed()));
+            .map(|limit| limit.saturating_sub(self.since.elapsed()));
         let event = match (&self.ram_lost, left) {
             (Some((until, _)), _) => {
                 match rx.recv_timeout(until.saturating_duration_since(Instant::now())) {
@@ -336,6 +346,11 @@ impl Driver {
 
     fn greeted(&mut self, hello: Hello, channel: Channel) {
         let known = self.session.session() == Some(hello.session);
+        let stalls = !self.session.has_preamble() && self.since.elapsed() >= STRANGER_PATIENCE;
+        if hello.role == Role::Control && self.session.session().is_some() && stalls {
+            tracing::warn!("incoming migration: one who only greeted makes room for another");
+            self.start_over();
+        }
         match hello.role {
             Role::Control if self.session.session().is_none() => {
                 self.inner.stats.begin();

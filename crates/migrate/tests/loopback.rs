@@ -283,6 +283,37 @@ fn a_crowd_of_silent_connections_keeps_no_migration_out() {
 }
 
 /// A greeting that comes byte by byte is one all the same, and what follows it is not lost.
+/// Somebody who knows how to greet, and says no more.
+fn greets_only(port: u16) -> std::net::TcpStream {
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let hello = Hello::new([9; 16], Role::Control);
+    stream.write_all(&Msg::Hello(hello).encode().unwrap()).unwrap();
+    assert!(matches!(Msg::read(&mut stream).unwrap(), Some(Msg::HelloAck(_))));
+    stream
+}
+
+#[test]
+fn who_only_greets_neither_ends_a_destination_nor_keeps_a_source_out() {
+    let lock = Lock::default();
+    let (here, there) = (Machine::new("src", 16, &lock), Machine::new("dst", 16, &lock));
+    here.boot();
+    let log = Arc::new(Log::default());
+    let incoming = dest::listen(there.clone(), &local(), Options::default(), log).unwrap();
+    let Uri::Tcp { port, .. } = incoming.uri() else { panic!() };
+    // One that leaves, and one that says what is no message.
+    drop(greets_only(port));
+    greets_only(port).write_all(&[0xff; 64]).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    let stalls = greets_only(port);
+    std::thread::sleep(Duration::from_millis(1_200));
+    let out = source::start(here.clone(), incoming.uri(), unlimited(), Arc::new(NoEvents)).unwrap();
+    out.wait().unwrap();
+    incoming.wait().unwrap();
+    assert_eq!(exactly_one(&here, &there).name, "dst");
+    there.stop();
+    drop(stalls);
+}
+
 #[test]
 fn a_slow_greeting_is_heard() {
     let lock = Lock::default();

@@ -151,6 +151,11 @@ impl Dest {
         }
     }
 
+    /// Whether the source has said what machine it has.
+    pub fn has_preamble(&self) -> bool {
+        self.channels > 0
+    }
+
     /// Whether memory may have been written.
     pub fn receiving(&self) -> bool {
         !matches!(self.state, State::Start | State::Preamble | State::Checking)
