@@ -20,6 +20,7 @@ const LOSE: &str = "TERN_DEMO_LOSE";
 
 /// `cargo xtask demo`'s arguments.
 #[derive(clap::Args)]
+#[command(after_help = "Example:\n  cargo xtask demo --trips 1")]
 pub struct DemoArgs {
     /// Another VMM that takes QEMU's command line, to compare with
     #[arg(long, value_name = "PATH")]

@@ -26,7 +26,11 @@ use clap::{Parser, Subcommand};
 pub type Result<T> = std::result::Result<T, String>;
 
 #[derive(Parser)]
-#[command(name = "cargo xtask", about = "Set-up, lab, tests and demo of this project")]
+#[command(
+    name = "cargo xtask",
+    about = "Set-up, lab, tests and demo of this project",
+    after_help = "Examples:\n  cargo xtask demo\n  cargo xtask test\n  cargo xtask lab -- uname -a"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -35,15 +39,17 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Install the missing Debian packages, fetch kernels and build the lab host and the guest
+    #[command(after_help = "Example:\n  cargo xtask setup")]
     Setup,
     /// Run a command (or a shell) on a lab host that has a complete /dev/kvm
     Lab(lab::LabArgs),
     /// Build the test guest: target/lab/guest/vmlinuz and target/lab/guest/initramfs.cpio.gz
+    #[command(after_help = "Example:\n  cargo xtask guest")]
     Guest,
     /// Live-migrate a working guest back and forth, check everything, and report
     Demo(demo::DemoArgs),
     /// Measure, with the peers beside it
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  cargo xtask bench boot --runs 3")]
     Bench(bench::Bench),
     /// Run every test
     Test(test::TestArgs),

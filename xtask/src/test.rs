@@ -21,6 +21,7 @@ const SWITCH: &str = "switch_";
 
 /// `cargo xtask test`'s arguments.
 #[derive(clap::Args)]
+#[command(after_help = "Examples:\n  cargo xtask test\n  cargo xtask test --no-e2e")]
 pub struct TestArgs {
     /// Only the end-to-end tests
     #[arg(long, conflicts_with = "no_e2e")]

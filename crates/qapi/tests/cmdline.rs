@@ -404,3 +404,14 @@ fn what_the_user_wrote_is_kept_for_messages() {
     assert_eq!((&told[0][..], &told[1][..]), ("-chardev null,id=c", "-serial null"));
     assert!(told[2].starts_with("-qmp unix:/xxx") && told[2].ends_with("x..."), "{}", told[2]);
 }
+
+#[test]
+fn machine_types_are_those_that_qemu_had() {
+    for good in ["pc-q35-2.12", "pc-q35-4.0.1", "pc-q35-10.0", "pc-i440fx-7.2", "pc-i440fx-1.7"] {
+        machine(&format!("-machine {good}"));
+    }
+    for bad in ["pc-q35-99.9", "pc-q35-7.3", "pc-q35-7", "pc-q35-+7.2", "pc-i440fx-0.9"] {
+        let e = refused(&format!("-machine {bad}"));
+        assert!(e.contains(bad), "{e}");
+    }
+}

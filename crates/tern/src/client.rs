@@ -33,7 +33,10 @@ impl std::fmt::Display for Error {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Io(e) => write!(f, "cannot talk to the VM: {e}"),
-            Self::Late => f.write_str("the VM did not answer in time"),
+            Self::Late => f.write_str(
+                "the VM did not answer in time; look whether its process runs or was stopped \
+                 (`tern ps` has its pid); `tern kill NAME` ends it",
+            ),
             Self::Protocol(what) => write!(f, "the VM answered what is not QMP: {what}"),
             Self::Refused(desc) => f.write_str(desc),
         }

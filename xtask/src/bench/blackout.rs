@@ -11,6 +11,7 @@ use crate::Result;
 
 /// `bench blackout`'s arguments.
 #[derive(clap::Args)]
+#[command(after_help = "Example:\n  cargo xtask bench blackout")]
 pub struct BlackoutArgs {
     #[command(flatten)]
     guests: GuestArgs,

@@ -6,6 +6,7 @@ use crate::Result;
 
 /// `bench boot`'s arguments.
 #[derive(clap::Args)]
+#[command(after_help = "Example:\n  cargo xtask bench boot")]
 pub struct BootArgs {
     #[command(flatten)]
     guests: GuestArgs,

@@ -6,6 +6,7 @@ use crate::Result;
 
 /// `bench footprint`'s arguments.
 #[derive(clap::Args)]
+#[command(after_help = "Example:\n  cargo xtask bench footprint")]
 pub struct FootprintArgs {
     #[command(flatten)]
     guests: GuestArgs,

@@ -28,6 +28,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 /// `bench migrate`'s arguments.
 #[derive(clap::Args)]
+#[command(after_help = "Example:\n  cargo xtask bench migrate")]
 pub struct MigrateArgs {
     /// Timed runs of each contestant
     #[arg(long, default_value_t = 5)]

@@ -24,6 +24,9 @@ use crate::{Result, paths, setup};
 
 /// `cargo xtask lab`'s arguments.
 #[derive(clap::Args)]
+#[command(
+    after_help = "Examples:\n  cargo xtask lab -- ls -l /dev/kvm\n  cargo xtask lab       (a shell)"
+)]
 pub struct LabArgs {
     /// Kill the command after that many seconds (exit status 124)
     #[arg(long, value_name = "SECS")]

@@ -313,12 +313,7 @@ fn cpu_range(text: &str) -> Result<std::ops::RangeInclusive<u32>, String> {
 }
 
 fn machine_type(name: &str) -> Option<MachineType> {
-    let versioned = |prefix: &str| {
-        name.strip_prefix(prefix).is_some_and(|v| {
-            v.split('.').count() >= 2
-                && v.split('.').all(|p| !p.is_empty() && p.bytes().all(|b| b.is_ascii_digit()))
-        })
-    };
+    let versioned = |prefix: &str| name.strip_prefix(prefix).is_some_and(is_qemu_version);
     match name {
         "q35" => Some(MachineType::Q35),
         "pc" => Some(MachineType::Pc),
@@ -329,10 +324,28 @@ fn machine_type(name: &str) -> Option<MachineType> {
     }
 }
 
+/// The most recent major version of QEMU whose machine types are taken.
+const LAST_MAJOR: u32 = 11;
+
+/// Whether QEMU had machine types of this version: "2.12", "9.0", and the one "4.0.1".
+fn is_qemu_version(text: &str) -> bool {
+    let numbers: Option<Vec<u32>> = text.split('.').map(|n| n.parse().ok()).collect();
+    let plain = text.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+    plain
+        && match numbers.as_deref() {
+            Some([1, minor]) => *minor <= 7,
+            Some([2, minor]) => *minor <= 12,
+            Some([3, minor]) => *minor <= 1,
+            Some([4..=LAST_MAJOR, minor]) => *minor <= 2,
+            Some(other) => *other == [4, 0, 1],
+            None => false,
+        }
+}
+
 fn machine_help() -> String {
     "Supported machines are:\n\
-     q35                  PCI Express machine (pc-q35-X.Y are names for it) (default)\n\
-     pc                   conventional PCI machine (pc-i440fx-X.Y are names for it)\n\
+     q35                  PCI Express machine (pc-q35-X.Y, of QEMU up to 11.2, are names for it) (default)\n\
+     pc                   conventional PCI machine (pc-i440fx-X.Y likewise)\n\
      none                 empty machine\n"
         .into()
 }
