@@ -8,11 +8,41 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use crate::mapping::Mapping;
 use crate::sigbus::Guard;
 use crate::{Error, PAGE_SHIFT, PAGE_SIZE, Result, backing};
+
+/// Most bytes of others' files that are mapped at a time in the whole process. A sparse file can be
+/// of any size, and this process needs addresses for itself: x86 has 128 TiB.
+pub const MAX_FOREIGN: u64 = 96 << 40;
+
+/// What is mapped of it.
+static MAPPED: AtomicU64 = AtomicU64::new(0);
+
+/// A share of [`MAX_FOREIGN`], given back when dropped.
+#[derive(Debug)]
+struct Share(u64);
+
+impl Share {
+    fn take(bytes: u64) -> Result<Self> {
+        let add = |now: u64| now.checked_add(bytes).filter(|sum| *sum <= MAX_FOREIGN);
+        match MAPPED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add) {
+            Ok(_) => Ok(Self(bytes)),
+            Err(now) => Err(Error::Layout(format!(
+                "{bytes:#x} bytes cannot be mapped beside {now:#x} bytes of other files: at most \
+                 {MAX_FOREIGN:#x} are mapped in all"
+            ))),
+        }
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        MAPPED.fetch_sub(self.0, Ordering::Relaxed);
+    }
+}
 
 /// A piece of another process's file, mapped shared, readable and writable. Unmapped when dropped.
 #[derive(Debug)]
@@ -26,6 +56,7 @@ pub struct ForeignMapping {
     offset: u64,
     page_size: u64,
     _mapping: Mapping,
+    _share: Share,
 }
 
 impl ForeignMapping {
@@ -45,6 +76,7 @@ impl ForeignMapping {
         let end = (offset + size).checked_next_multiple_of(page_size);
         let len = end.and_then(|end| usize::try_from(end - start).ok());
         let len = len.ok_or_else(|| Error::Layout(format!("{size:#x} bytes cannot be mapped")))?;
+        let share = Share::take(len as u64)?;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
         // SAFETY: a new mapping, at an address of the kernel's choice.
@@ -67,6 +99,7 @@ impl ForeignMapping {
             offset,
             page_size,
             _mapping: mapping,
+            _share: share,
         }))
     }
 

@@ -253,7 +253,10 @@ fn capture(a: &CaptureArgs) -> Outcome {
     let Some(file) = &a.file else {
         let v = a.to.connect()?.ask("end-capture", &json!({ "name": a.port }))?;
         crate::say::say!("{} frames, {} left out", v["frames"], v["left-out"]);
-        return Ok(0);
+        return match v["failed"].as_str() {
+            Some(why) => Err(format!("the file could not be written to the end: {why}").into()),
+            None => Ok(0),
+        };
     };
     // The switch has a working directory of its own.
     let file = std::path::absolute(file)?;

@@ -34,6 +34,7 @@ use virtio::features::{VIRTIO_F_RING_PACKED, has};
 use virtio::{InflightQueue, Ring, RingPos, RingSetup};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::lent_event;
 use crate::message::{
     BackendId, FrontendId, Incoming, Kind, Message, Payload, VRING_LOG, VringState,
 };
@@ -139,9 +140,8 @@ impl<B: Backend> Connection<B> {
             self.handle(message, fds)?;
         }
         self.session.drain_answers()?;
-        if self.is_broken() {
-            let reason = "a memory file was made shorter while it was in use".into();
-            return Err(Error::Protocol { message: "memory", reason });
+        if let Some(reason) = self.broken() {
+            return Err(Error::Protocol { message: "session", reason: reason.into() });
         }
         Ok(())
     }
@@ -187,13 +187,20 @@ impl<B: Backend> Connection<B> {
         self.device.as_mut().expect("given back only with the connection")
     }
 
-    /// Whether the front end shrank memory that it had lent: drop the connection. Cheap; ask when
-    /// [`mem::sigbus::broken_count`] has changed.
-    pub fn is_broken(&self) -> bool {
+    /// What the front end broke of what it had lent: drop the connection then. Cheap; ask when
+    /// [`broken_count`](crate::broken_count) has changed.
+    pub fn broken(&self) -> Option<&'static str> {
         let s = &self.session;
-        s.table.is_broken()
+        let shrunk = s.table.is_broken()
             || s.log.as_ref().is_some_and(|l| l.is_broken())
-            || s.inflight.as_ref().is_some_and(InflightArea::is_broken)
+            || s.inflight.as_ref().is_some_and(InflightArea::is_broken);
+        if shrunk {
+            Some("a memory file was made shorter while it was in use")
+        } else if s.rings.iter().any(|ring| ring.call.is_blocked()) {
+            Some("a call eventfd was made to block while it was in use")
+        } else {
+            None
+        }
     }
 
     /// Negotiated virtio features, without vhost's own; `None` before SET_FEATURES.
@@ -234,9 +241,11 @@ impl<B: Backend> Connection<B> {
     /// # Errors
     /// The front end does not read its messages, or has gone.
     pub fn ring_failed(&mut self, index: usize) -> Result<()> {
-        let Some(ring) = self.session.rings.get(index) else { return Ok(()) };
+        let Some(ring) = self.session.rings.get_mut(index) else { return Ok(()) };
         if let Some(err) = &ring.err {
-            let _ = err.write(1); // full: told already
+            if lent_event::signal(err).is_err() {
+                ring.err = None;
+            }
             return Ok(());
         }
         if self.session.protocol & protocol::INBAND_NOTIFICATIONS == 0 {

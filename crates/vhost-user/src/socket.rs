@@ -242,8 +242,7 @@ pub fn send_some(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> i
 }
 
 /// Takes `fd` for an eventfd, made non-blocking, so that a peer who fills it up cannot have us wait
-/// on it. (The flag belongs to both ends: only a peer who takes it back and fills the counter to the
-/// brim, all on purpose, would still hold the writer up.)
+/// on it. The flag belongs to both ends, so writes go through [`lent_event`](crate::lent_event).
 ///
 /// # Errors
 /// A sentence if it is something else.

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::capture::Capture;
 use crate::config::{PortSpec, nearest};
 use crate::counters::{Drop, Totals};
 use crate::fdb::Key;
@@ -159,8 +160,8 @@ fn dispatch(s: &mut Switch, command: &str, a: Value) -> Result<Value> {
             s.capture(&port, &file, snaplen, rx, tx)?;
         }
         "end-capture" => {
-            let (written, lost) = s.end_captures(&arguments::<Name>(command, a)?.name)?;
-            return Ok(json!({ "frames": written, "left-out": lost }));
+            let (written, lost, failed) = s.end_captures(&arguments::<Name>(command, a)?.name)?;
+            return Ok(json!({ "frames": written, "left-out": lost, "failed": failed }));
         }
         "metrics" => return Ok(json!(metrics(s))),
         "quit" => {}
@@ -206,6 +207,11 @@ fn state(p: &Port) -> &'static str {
     }
 }
 
+fn capture_value(c: &Capture) -> Value {
+    let (written, lost) = c.tap.progress();
+    json!({ "file": c.path, "frames": written, "left-out": lost, "failed": c.tap.failure() })
+}
+
 fn port_value(p: &Port) -> Value {
     let mut v = json!(p.spec);
     v["state"] = json!(state(p));
@@ -213,7 +219,7 @@ fn port_value(p: &Port) -> Value {
     v["connections"] = json!(p.connections);
     v["resets"] = json!(p.resets);
     v["last-reset"] = json!(p.last_reset);
-    v["captures"] = json!(p.captures.iter().map(|c| &c.path).collect::<Vec<_>>());
+    v["captures"] = p.captures.iter().map(capture_value).collect();
     match &p.kind {
         Kind::Vhost(port) => {
             if let Some(d) = port.device() {

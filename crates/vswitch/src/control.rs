@@ -8,23 +8,31 @@ use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use tracing::Level;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::interface_port::LinkMonitor;
-use crate::port::{Kind, Link, RETRY, listen};
+use crate::port::{Kind, Link, Port, RETRY, VhostPort};
+use crate::socket_listener::SocketListener;
 use crate::switch::Switch;
 use crate::table::PortId;
 use crate::{Config, Error, Result, commands};
 
-/// Longest request line, and most bytes that wait for a slow reader.
+/// Longest request line.
 const MAX_LINE: usize = 1 << 20;
-const MAX_WAITING: usize = 64 << 20;
-/// Most clients at once.
+/// Most clients of the control socket at once, and most that ask for metrics. One more takes the
+/// place of the one that has been silent for longest.
 const MAX_CLIENTS: usize = 64;
+const MAX_SCRAPERS: usize = 16;
+/// How long one that asks for metrics may take, from its connection to its last byte.
+const HTTP_PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait when no connection can be taken, so as not to spin meanwhile, and how often
+/// that is told.
+const PAUSE: Duration = Duration::from_millis(20);
+const TELL_EVERY: Duration = Duration::from_secs(10);
 /// How often time goes on.
 const TICK: Duration = Duration::from_millis(100);
 /// Most messages taken from one port before others have a turn.
@@ -47,6 +55,8 @@ struct Client {
     http: bool,
     input: Vec<u8>,
     output: Vec<u8>,
+    /// When it last said something.
+    heard: Instant,
     /// Nothing more is read; it ends when `output` is written.
     ending: bool,
     writing: bool,
@@ -56,12 +66,15 @@ struct Client {
 pub struct Server {
     pub switch: Switch,
     epoll: Epoll,
-    control: UnixListener,
-    path: PathBuf,
+    control: SocketListener,
     metrics: Option<TcpListener>,
     links: LinkMonitor,
     clients: HashMap<u32, Client>,
     next_client: u32,
+    /// Clients that have said more than was answered in their last turn.
+    unfinished: Vec<u32>,
+    /// When it was last told that no connection can be taken.
+    told: Option<Instant>,
     /// What is watched for each port.
     watched: HashMap<PortId, RawFd>,
     broken: usize,
@@ -75,7 +88,7 @@ impl Server {
     /// A sentence that names what cannot be.
     pub fn new(config: &Config, control: &Path) -> Result<Self> {
         let shown = control.display();
-        let listener = listen(control).map_err(|e| {
+        let listener = SocketListener::bind(control).map_err(|e| {
             Error::Config(format!("cannot listen on control socket '{shown}': {e}"))
         })?;
         let metrics = match &config.metrics {
@@ -89,19 +102,18 @@ impl Server {
             None => None,
         };
         let links = LinkMonitor::new().map_err(Error::host("netlink"))?;
-        let switch = Switch::start(config).inspect_err(|_| {
-            let _ = std::fs::remove_file(control);
-        })?;
+        let switch = Switch::start(config)?;
         let mut server = Self {
             epoll: Epoll::new().map_err(Error::host("epoll"))?,
             control: listener,
-            path: control.to_owned(),
             metrics,
             links,
             clients: HashMap::new(),
             next_client: 0,
+            unfinished: Vec::new(),
+            told: None,
             watched: HashMap::new(),
-            broken: mem::sigbus::broken_count(),
+            broken: vhost_user::broken_count(),
             quit: false,
             switch,
         };
@@ -144,10 +156,14 @@ impl Server {
             }
             let mut events = [EpollEvent::default(); EVENTS];
             // Rounded up: a wait of 0 ms would spin until the time has come.
-            let ms = wait.as_millis() as i32 + 1;
+            let ms = if self.unfinished.is_empty() { wait.as_millis() as i32 + 1 } else { 0 };
             let n = self.epoll.wait(ms, &mut events).unwrap_or(0);
             for e in &events[..n] {
                 self.event(e.data());
+            }
+            // One request of each a turn: nobody's many keep others waiting.
+            for id in std::mem::take(&mut self.unfinished) {
+                self.client(id);
             }
             self.follow_ports();
         }
@@ -161,20 +177,8 @@ impl Server {
                     self.switch.disconnect(f.port, Some(f.reason));
                 }
             }
-            CONTROL => {
-                while let Ok((s, _)) = self.control.accept() {
-                    if s.set_nonblocking(true).is_ok() {
-                        self.add_client(Box::new(s), false);
-                    }
-                }
-            }
-            METRICS => {
-                while let Some(Ok((s, _))) = self.metrics.as_ref().map(TcpListener::accept) {
-                    if s.set_nonblocking(true).is_ok() {
-                        self.add_client(Box::new(s), true);
-                    }
-                }
-            }
+            CONTROL => self.accept("the control socket", false),
+            METRICS => self.accept("the metrics address", true),
             STOP => self.quit = true,
             LINKS => {
                 self.links.drain();
@@ -187,24 +191,21 @@ impl Server {
     }
 
     fn tick(&mut self) {
+        self.clients.retain(|_, c| !c.http || c.heard.elapsed() < HTTP_PATIENCE);
         self.switch.tick();
         self.switch.reopen();
-        let broken = mem::sigbus::broken_count();
+        let broken = vhost_user::broken_count();
         if broken != self.broken {
             self.broken = broken;
-            let lost: Vec<PortId> = self
-                .switch
-                .ports()
-                .filter(|p| match &p.kind {
-                    Kind::Vhost(v) => matches!(&v.link, Link::Connected(c) if c.is_broken()),
-                    Kind::Interface(_) => false,
-                })
-                .map(|p| p.id)
-                .collect();
-            for id in lost {
+            let reason = |p: &Port| match &p.kind {
+                Kind::Vhost(VhostPort { link: Link::Connected(c), .. }) => c.broken(),
+                _ => None,
+            };
+            let lost: Vec<_> =
+                self.switch.ports().filter_map(|p| Some((p.id, reason(p)?))).collect();
+            for (id, reason) in lost {
                 self.unwatch_port(id);
-                let reason = "the other side shrank memory that it had lent".to_owned();
-                self.switch.disconnect(id, Some(reason));
+                self.switch.disconnect(id, Some(reason.to_owned()));
             }
         }
     }
@@ -226,7 +227,7 @@ impl Server {
                 Ok(()) => {
                     p.connections += 1;
                     connected = true;
-                    tracing::info!("port '{}': connected", p.spec.name);
+                    p.log(Level::INFO, "connected");
                 }
                 Err(e) => p.note_reset(e),
             }
@@ -254,11 +255,17 @@ impl Server {
                 }
             }
             Link::Listening => {
-                if let Some(Ok((stream, _))) = v.listener.as_ref().map(UnixListener::accept) {
+                let accepted = v.listener.as_ref().map(SocketListener::accept);
+                if let Some(Err(e)) = &accepted
+                    && e.kind() != io::ErrorKind::WouldBlock
+                {
+                    let what = format!("port '{}'", port.spec.name);
+                    self.cannot_accept(&what, e);
+                } else if let Some(Ok(stream)) = accepted {
                     match v.attach(stream) {
                         Ok(()) => {
                             port.connections += 1;
-                            tracing::info!("port '{}': connected", port.spec.name);
+                            port.log(Level::INFO, "connected");
                         }
                         Err(e) => port.note_reset(e),
                     }
@@ -312,16 +319,51 @@ impl Server {
         }
     }
 
+    /// Takes the connections that wait for an answer.
+    fn accept(&mut self, what: &str, http: bool) {
+        loop {
+            let accepted = match (&self.metrics, http) {
+                (Some(metrics), true) => metrics.accept().and_then(|(s, _)| {
+                    s.set_nonblocking(true)?;
+                    Ok(Box::new(s) as Box<dyn Stream>)
+                }),
+                _ => self.control.accept().and_then(|s| {
+                    s.set_nonblocking(true)?;
+                    Ok(Box::new(s) as Box<dyn Stream>)
+                }),
+            };
+            match accepted {
+                Ok(stream) => self.add_client(stream, http),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(e) => return self.cannot_accept(what, &e),
+            }
+        }
+    }
+
+    /// Out of descriptors, most likely: the connection stays in the kernel's queue.
+    fn cannot_accept(&mut self, what: &str, e: &io::Error) {
+        if self.told.is_none_or(|at| at.elapsed() >= TELL_EVERY) {
+            self.told = Some(Instant::now());
+            tracing::error!(
+                "cannot take a connection on {what}: {e}; a limit on open files (ulimit -n) is \
+                 raised before the switch is started"
+            );
+        }
+        std::thread::sleep(PAUSE);
+    }
+
     fn add_client(&mut self, stream: Box<dyn Stream>, http: bool) {
-        if self.clients.len() >= MAX_CLIENTS {
-            return;
+        let most = if http { MAX_SCRAPERS } else { MAX_CLIENTS };
+        let alike = || self.clients.iter().filter(|(_, c)| c.http == http);
+        if alike().count() >= most
+            && let Some(silent) = alike().min_by_key(|(_, c)| c.heard).map(|(id, _)| *id)
+        {
+            self.clients.remove(&silent);
         }
         self.next_client = self.next_client.wrapping_add(1);
         let id = self.next_client;
         if self.watch(stream.as_raw_fd(), CLIENT | u64::from(id)).is_ok() {
-            let (input, output) = (Vec::new(), Vec::new());
-            let client = Client { stream, http, input, output, ending: false, writing: false };
-            self.clients.insert(id, client);
+            self.clients.insert(id, Client::new(stream, http));
         }
     }
 
@@ -340,29 +382,33 @@ impl Server {
                 return;
             }
         }
+        if client.has_request() && !client.writing {
+            self.unfinished.push(id);
+        }
         self.clients.insert(id, client);
     }
 
-    /// Reads and answers. `false`: it has gone, or is not to be listened to.
+    /// Reads, and answers one request. `false`: it has gone, or is not to be listened to.
     fn serve(&mut self, client: &mut Client) -> bool {
         if client.ending || client.writing {
             return true;
         }
-        let mut chunk = [0; 65_536];
-        match client.stream.read(&mut chunk) {
-            Ok(0) => return false,
-            Ok(n) => client.input.extend_from_slice(&chunk[..n]),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return true,
-            Err(_) => return false,
+        if !client.has_request() {
+            let mut chunk = [0; 65_536];
+            match client.stream.read(&mut chunk) {
+                Ok(0) => return false,
+                Ok(n) => client.input.extend_from_slice(&chunk[..n]),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(_) => return false,
+            }
+            client.heard = Instant::now();
         }
         if client.http {
-            if client.input.windows(4).any(|w| w == b"\r\n\r\n") {
+            if client.has_request() {
                 client.output = commands::http(&self.switch, &client.input);
                 client.ending = true;
             }
-            return client.input.len() <= MAX_LINE;
-        }
-        while let Some(end) = client.input.iter().position(|b| *b == b'\n') {
+        } else if let Some(end) = client.input.iter().position(|b| *b == b'\n') {
             let line: Vec<u8> = client.input.drain(..=end).collect();
             let (answer, quit) = commands::run(&mut self.switch, &line[..end]);
             self.quit |= quit;
@@ -370,11 +416,24 @@ impl Server {
             client.output.extend_from_slice(answer.as_bytes());
             client.output.push(b'\n');
         }
-        client.input.len() <= MAX_LINE && client.output.len() <= MAX_WAITING
+        client.input.len() <= MAX_LINE
     }
 }
 
 impl Client {
+    fn new(stream: Box<dyn Stream>, http: bool) -> Self {
+        let (input, output, heard) = (Vec::new(), Vec::new(), Instant::now());
+        Self { stream, http, input, output, heard, ending: false, writing: false }
+    }
+
+    /// Whether what it said holds a whole request.
+    fn has_request(&self) -> bool {
+        match self.http {
+            true => self.input.windows(4).any(|w| w == b"\r\n\r\n"),
+            false => self.input.contains(&b'\n'),
+        }
+    }
+
     /// Writes what waits, as far as it goes. `false`: the client is done with, or gone.
     fn write(&mut self) -> bool {
         while !self.output.is_empty() {
@@ -387,12 +446,5 @@ impl Client {
             }
         }
         !self.ending
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Gone already if somebody removed it.
-        let _ = std::fs::remove_file(&self.path);
     }
 }

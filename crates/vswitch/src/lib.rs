@@ -27,6 +27,7 @@ pub mod port;
 pub mod queue;
 pub mod segment;
 pub mod shared;
+mod socket_listener;
 pub mod switch;
 pub mod sys;
 pub mod table;

@@ -1,12 +1,12 @@
 //! A port as the control thread has it: its configuration, what is behind it, and its history.
 
-use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tracing::Level;
 use vhost_user::Connection;
 
 use crate::capture::Capture;
@@ -14,6 +14,7 @@ use crate::config::{Mode, PortSpec};
 use crate::counters::{QueueCounters, Totals};
 use crate::interface_port::InterfacePort;
 use crate::limit::Limiter;
+use crate::socket_listener::SocketListener;
 use crate::table::{PortId, PortView};
 use crate::vhost_port::VhostDevice;
 use crate::{Error, Result, sys};
@@ -22,7 +23,8 @@ use crate::{Error, Result, sys};
 pub const RETRY: Duration = Duration::from_millis(10);
 const LATER: Duration = Duration::from_millis(25);
 const FRESH: Duration = Duration::from_secs(10);
-/// Why a port was reset is logged at most so often.
+/// A port has at most so many lines in the log in so long.
+const LOG_BURST: u32 = 4;
 const LOG_EVERY: Duration = Duration::from_secs(1);
 
 /// The socket side of a vhost-user port.
@@ -37,7 +39,7 @@ pub enum Link {
 
 /// What a vhost-user port keeps.
 pub struct VhostPort {
-    pub listener: Option<UnixListener>,
+    pub(crate) listener: Option<SocketListener>,
     pub link: Link,
     /// The device, while no connection has it.
     pub device: Option<VhostDevice>,
@@ -64,7 +66,11 @@ pub struct Port {
     pub connections: u64,
     pub resets: u64,
     pub last_reset: Option<String>,
+    /// The beginning of the second that lines are counted in, how many it had, and how many were
+    /// left out since the last.
     last_log: Option<Instant>,
+    logged: u32,
+    hushed: u64,
 }
 
 impl Port {
@@ -84,6 +90,8 @@ impl Port {
             resets: 0,
             last_reset: None,
             last_log: None,
+            logged: 0,
+            hushed: 0,
         };
         port.apply_limits();
         port
@@ -137,11 +145,29 @@ impl Port {
     /// Notes that the other side broke the rules.
     pub fn note_reset(&mut self, reason: String) {
         self.resets += 1;
-        if self.last_log.is_none_or(|at| at.elapsed() >= LOG_EVERY) {
-            tracing::warn!("port '{}' is reset: {reason}", self.spec.name);
-            self.last_log = Some(Instant::now());
-        }
+        self.log(Level::WARN, &format!("is reset: {reason}"));
         self.last_reset = Some(reason);
+    }
+
+    /// Logs what became of the port, but not at any rate that its other side likes.
+    pub fn log(&mut self, level: Level, what: &str) {
+        let name = &self.spec.name;
+        if self.last_log.is_some_and(|at| at.elapsed() < LOG_EVERY) && self.logged >= LOG_BURST {
+            self.hushed += 1;
+            return;
+        }
+        if self.last_log.is_none_or(|at| at.elapsed() >= LOG_EVERY) {
+            (self.last_log, self.logged) = (Some(Instant::now()), 0);
+        }
+        self.logged += 1;
+        let more = match std::mem::take(&mut self.hushed) {
+            0 => String::new(),
+            n => format!(" ({n} lines before this one were left out)"),
+        };
+        match level {
+            Level::WARN => tracing::warn!("port '{name}' {what}{more}"),
+            _ => tracing::info!("port '{name}' {what}{more}"),
+        }
     }
 }
 
@@ -154,7 +180,7 @@ impl VhostPort {
         let now = Instant::now();
         let server = spec.mode.unwrap_or_default() == Mode::Server;
         let listener = match &spec.path {
-            Some(path) if server => Some(listen(path).map_err(|e| Error::Port {
+            Some(path) if server => Some(SocketListener::bind(path).map_err(|e| Error::Port {
                 port: spec.name.clone(),
                 reason: format!("cannot listen on '{}': {e}", path.display()),
             })?),
@@ -231,23 +257,4 @@ impl VhostPort {
         *next = now + if now - *since < FRESH { RETRY } else { LATER };
         sys::connect_now(path).ok()
     }
-}
-
-/// Listens on `path`, in the place of a socket that nobody listens on any more.
-pub fn listen(path: &Path) -> io::Result<UnixListener> {
-    let listener = match UnixListener::bind(path) {
-        Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
-            match sys::connect_now(path) {
-                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-                    std::fs::remove_file(path)?
-                }
-                Ok(_) => return Err(io::Error::other("another process listens there")),
-                Err(e) => return Err(e),
-            }
-            UnixListener::bind(path)
-        }
-        other => other,
-    }?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
 }

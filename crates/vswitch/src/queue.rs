@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use net::af_xdp::Fault;
 use virtio::RingError;
+use vmm_sys_util::epoll::EventSet;
 
 use crate::burst::Burst;
 use crate::counters::QueueCounters;
@@ -98,6 +99,15 @@ impl Queue {
         }
     }
 
+    /// For what of it. A kick's eventfd is the driver's, who could make a read of it wait: it is
+    /// never read, and each kick is an edge.
+    pub fn wait_set(&self) -> EventSet {
+        match &self.io {
+            Io::Vhost { .. } => EventSet::IN | EventSet::EDGE_TRIGGERED,
+            Io::Fd(_) | Io::Xdp(_) => EventSet::IN,
+        }
+    }
+
     /// Takes a burst. [`done`](Self::done) has to follow.
     ///
     /// # Errors
@@ -138,14 +148,6 @@ impl Queue {
     pub fn disable_kicks(&mut self) {
         if let Io::Vhost { rx: Some(rx), .. } = &mut self.io {
             rx.disable_kicks();
-        }
-    }
-
-    /// Takes a wake-up that has come.
-    pub fn ack_kick(&mut self) {
-        if let Io::Vhost { rx: Some(rx), .. } = &self.io {
-            // Nothing there is no error worth a word.
-            let _ = rx.kick().read();
         }
     }
 }

@@ -10,8 +10,9 @@ use std::time::Instant;
 
 use crossbeam_channel::bounded;
 use serde::{Deserialize, Serialize};
+use tracing::Level;
 
-use crate::capture::Capture;
+use crate::capture::{self, Capture};
 use crate::config::{Config, PortSpec, PortType};
 use crate::interface_port::InterfacePort;
 use crate::port::{Kind, Link, Port, VhostPort};
@@ -202,10 +203,6 @@ impl Switch {
         self.publish();
         if let Kind::Vhost(v) = &mut port.kind {
             v.detach();
-            if let (Some(_), Some(path)) = (&v.listener, &port.spec.path) {
-                // Whoever took the path over has removed it already.
-                let _ = std::fs::remove_file(path);
-            }
         }
         self.remove_queues(id, &port.threads);
         self.shared.fdb.flush(Some(id));
@@ -293,33 +290,42 @@ impl Switch {
         tx: bool,
     ) -> Result<()> {
         let threads = self.threads.len();
-        let port = self.port_mut(name)?;
-        if port.captures.iter().any(|c| c.path == file) {
-            return Err(Error::Config(format!("'{}' is being written already", file.display())));
+        let id = self.port(name)?.id;
+        let cannot = || Error::host(format!("cannot write '{}'", file.display()));
+        let (_, identity) = capture::open(file).map_err(cannot())?;
+        let same = |p: &&Port| p.captures.iter().any(|c| c.file == identity);
+        if let Some(other) = self.ports().find(same) {
+            return Err(Error::Config(format!(
+                "'{}' is being written already, by a capture of port '{}'",
+                file.display(),
+                other.spec.name
+            )));
         }
-        let c = Capture::start(file, snap, threads, rx || !tx, tx || !rx)
-            .map_err(Error::host(format!("cannot write '{}'", file.display())))?;
-        port.captures.push(c);
+        let c = Capture::start(file, snap, threads, rx || !tx, tx || !rx).map_err(cannot())?;
+        if let Some(port) = self.ports[usize::from(id)].as_mut() {
+            port.captures.push(c);
+        }
         self.publish();
         Ok(())
     }
 
-    /// Ends all captures of port `name`; returns frames written and left out.
+    /// Ends all captures of port `name`; returns frames written and left out, and what went wrong.
     ///
     /// # Errors
     /// There are none.
-    pub fn end_captures(&mut self, name: &str) -> Result<(u64, u64)> {
+    pub fn end_captures(&mut self, name: &str) -> Result<(u64, u64, Option<String>)> {
         let ended = std::mem::take(&mut self.port_mut(name)?.captures);
         if ended.is_empty() {
             return Err(Error::Config(format!("port '{name}' is not being captured")));
         }
         self.publish();
-        let mut sum = (0, 0);
+        let mut sum = (0, 0, None);
         for c in ended {
             let tap = c.tap.clone();
             drop(c);
             let (written, lost) = tap.progress();
-            sum = (sum.0 + written, sum.1 + lost);
+            let failure = tap.failure().map(str::to_owned);
+            sum = (sum.0 + written, sum.1 + lost, sum.2.or(failure));
         }
         Ok(sum)
     }
@@ -378,7 +384,7 @@ impl Switch {
         let Some(port) = self.by_id(id) else { return };
         match reason {
             Some(reason) => port.note_reset(reason),
-            None => tracing::info!("port '{}': the other side has gone", port.spec.name),
+            None => port.log(Level::INFO, "the other side has gone"),
         }
         self.publish();
     }
@@ -418,7 +424,7 @@ impl Switch {
             match InterfacePort::open(&port.spec) {
                 Ok((opened, ios)) => {
                     port.kind = Kind::Interface(opened);
-                    tracing::info!("port '{}': its interface is back", port.spec.name);
+                    port.log(Level::INFO, "its interface is back");
                     if let Some(port) = self.ports.get(usize::from(id)).and_then(Option::as_ref) {
                         self.add_queues(port, ios);
                     }

@@ -283,8 +283,9 @@ impl Worker {
     }
 
     fn watch(&mut self, place: usize) {
-        let Some(fd) = self.forward.queues[place].as_ref().and_then(Queue::wait_fd) else { return };
-        let event = EpollEvent::new(EventSet::IN, place as u64);
+        let Some(queue) = &self.forward.queues[place] else { return };
+        let Some(fd) = queue.wait_fd() else { return };
+        let event = EpollEvent::new(queue.wait_set(), place as u64);
         if let Err(e) = self.epoll.ctl(ControlOperation::Add, fd, event) {
             tracing::warn!("poll thread {}: cannot wait for fd {fd}: {e}", self.thread);
         }
@@ -333,8 +334,6 @@ impl Worker {
         for e in &events[..woken] {
             if e.data() == WAKE {
                 let _ = mailbox.wake.read();
-            } else if let Some(Some(q)) = self.forward.queues.get_mut(e.data() as usize) {
-                q.ack_kick();
             }
         }
         for p in &self.polled {

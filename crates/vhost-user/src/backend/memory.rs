@@ -11,6 +11,10 @@ use crate::message::{MemRegion, overlap};
 /// Most regions at a time, with ADD_MEM_REG: what KVM has slots for.
 pub const MAX_SLOTS: usize = 509;
 
+/// Most bytes of one front end's memory: more than any machine has, and little enough that a few
+/// front ends with sparse files of any size leave the others room.
+pub const MAX_BYTES: u64 = 16 << 40;
+
 /// The regions, by their user address.
 #[derive(Debug, Default, Clone)]
 pub struct MemoryTable(Vec<(MemRegion, Arc<ForeignMapping>)>);
@@ -23,6 +27,7 @@ impl MemoryTable {
     pub fn new(regions: &[MemRegion], fds: Vec<OwnedFd>, old: &Self) -> Result<Self, String> {
         let mut table = Self::default();
         for (region, fd) in regions.iter().zip(fds) {
+            table.has_room(region)?;
             let mapping = match old.same(region, fd) {
                 Ok(mapping) => mapping,
                 Err(file) => map(region, file)?,
@@ -40,6 +45,14 @@ impl MemoryTable {
             .iter()
             .find(|(r, m)| r == region && m.is_same(&file, region.mmap_offset, region.size));
         found.map(|(_, m)| m.clone()).ok_or(file)
+    }
+
+    fn has_room(&self, region: &MemRegion) -> Result<(), String> {
+        let sizes = self.0.iter().map(|(r, _)| r.size).chain([region.size]);
+        match sizes.fold(0, u64::saturating_add) {
+            0..=MAX_BYTES => Ok(()),
+            sum => Err(format!("{sum:#x} bytes of memory; at most {MAX_BYTES:#x} are taken")),
+        }
     }
 
     fn insert(&mut self, region: MemRegion, mapping: Arc<ForeignMapping>) -> Result<(), String> {
@@ -62,6 +75,7 @@ impl MemoryTable {
             return Err(format!("there are {MAX_SLOTS} regions already, the most there can be"));
         }
         self.0.iter().try_for_each(|(r, _)| overlap(r, &region))?;
+        self.has_room(&region)?;
         let mapping = map(&region, fd.into())?;
         self.insert(region, mapping)
     }

@@ -6,36 +6,51 @@
 //! ```
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use arc_swap::ArcSwapOption;
 use virtio::{Interrupt, RingPos};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::lent_event;
 use crate::message::VringAddr;
 
 /// The driver's interrupt for one ring: an eventfd that may be exchanged while the ring runs.
 #[derive(Debug, Default)]
-pub struct Call(ArcSwapOption<EventFd>);
+pub struct Call {
+    fd: ArcSwapOption<EventFd>,
+    /// The front end made one block.
+    blocked: AtomicBool,
+}
 
 impl Call {
     /// Uses `fd` from now on, or nothing. Interrupts once, as something may have been used just
     /// while the old one went.
     pub fn set(&self, fd: Option<EventFd>) {
-        self.0.store(fd.map(Arc::new));
+        self.fd.store(fd.map(Arc::new));
         self.notify();
+    }
+
+    /// Whether the front end made the eventfd block, which is not used since.
+    pub fn is_blocked(&self) -> bool {
+        self.blocked.load(Ordering::Acquire)
     }
 }
 
 impl Interrupt for Call {
     fn notify(&self) {
-        if let Some(fd) = &*self.0.load() {
-            // Full: the driver has an interrupt pending already.
-            let _ = fd.write(1);
+        let blocked = match &*self.fd.load() {
+            Some(fd) => lent_event::signal(fd).is_err(),
+            None => false,
+        };
+        if blocked {
+            self.blocked.store(true, Ordering::Release);
+            self.fd.store(None);
         }
     }
 
     fn eventfd(&self) -> Option<EventFd> {
-        self.0.load().as_ref().and_then(|fd| fd.try_clone().ok())
+        self.fd.load().as_ref().and_then(|fd| fd.try_clone().ok())
     }
 }
 
