@@ -1,9 +1,11 @@
 //! What guest RAM is made of: memfd, a file, or huge pages of either.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::{Error, Result};
@@ -103,6 +105,24 @@ fn file(path: &std::path::Path) -> Result<File> {
     Ok(file)
 }
 
+/// Bytes that the file system of `path` has room for, when they are fewer than `size`: RAM in a file
+/// there that is not allocated beforehand would end its process when the guest gets so far.
+pub fn lacks_room(path: &Path, size: u64) -> Option<u64> {
+    let name = CString::new(path.as_os_str().as_bytes()).ok()?;
+    // SAFETY: statfs is plain data, for which all zeroes is valid.
+    let mut s: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the name ends with a zero; s outlives the call, which writes only into it.
+    if unsafe { libc::statfs(name.as_ptr(), &mut s) } != 0 {
+        return None;
+    }
+    let has = match path.metadata() {
+        Ok(data) if data.is_file() => data.blocks() * 512,
+        _ => 0,
+    };
+    let room = s.f_bavail.saturating_mul(s.f_bsize as u64).saturating_add(has);
+    (room < size).then_some(room)
+}
+
 /// Page size in bytes of what lies behind `file`.
 pub(crate) fn page_size(file: &File) -> u64 {
     const HUGETLBFS_MAGIC: i64 = 0x958458f6;
@@ -118,6 +138,14 @@ pub(crate) fn page_size(file: &File) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn room_on_a_file_system_is_known() {
+        let here = std::env::temp_dir();
+        assert_eq!(lacks_room(&here, 0), None);
+        assert!(lacks_room(&here, u64::MAX).is_some());
+        assert!(lacks_room(Path::new("/proc"), 1 << 20).is_some(), "it holds nothing");
+    }
 
     #[test]
     fn only_files_of_the_right_size_become_ram() {

@@ -17,7 +17,7 @@ pub mod guest;
 mod mapping;
 pub mod sigbus;
 
-pub use backing::{Backing, BackingKind};
+pub use backing::{Backing, BackingKind, lacks_room};
 pub use bitmap::Bitmap;
 pub use dirty::DirtySource;
 pub use foreign::{DirtyAlias, DirtyLog, ForeignMapping, ForeignRegion};

@@ -1,6 +1,6 @@
 //! `tern switch`: the virtual switch and the commands that talk to one that runs.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, IsTerminal, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -29,26 +29,36 @@ enum Command {
     /// Start a switch
     Run(RunArgs),
     /// Add a port: NAME,type=...
+    #[command(
+        after_help = "Example:\n  tern switch add-port vm2,type=vhost-user,path=/tmp/vm2.sock,vlan=10\n\ndocs/switch.md has all keys."
+    )]
     AddPort {
+        /// The port: NAME,type=vhost-user|tap|af-packet|af-xdp,key=value,...
         port: String,
         #[command(flatten)]
         to: To,
     },
     /// Remove a port
+    #[command(after_help = "Example:\n  tern switch del-port vm2")]
     DelPort {
+        /// Name of the port
         name: String,
         #[command(flatten)]
         to: To,
     },
     /// Change keys of a port: key=value, or key= to take it away
+    #[command(after_help = "Example:\n  tern switch set-port vm2 rate=1G vlan=")]
     SetPort {
+        /// Name of the port
         name: String,
+        /// vlan=, trunk=, mtu=, rate= or storm=, each with its new value or nothing
         #[arg(required = true)]
         set: Vec<String>,
         #[command(flatten)]
         to: To,
     },
     /// Show ports and poll threads
+    #[command(after_help = "Examples:\n  tern switch show\n  tern switch show --json")]
     Show {
         #[command(flatten)]
         view: View,
@@ -58,6 +68,9 @@ enum Command {
     /// Show addresses and their ports, flush them, or add one for good
     Fdb(FdbArgs),
     /// Show what was counted, with a reason for every drop
+    #[command(
+        after_help = "Examples:\n  tern switch stats vm1 --watch\n  tern switch stats --queues"
+    )]
     Stats {
         /// Only this port
         port: Option<String>,
@@ -74,16 +87,19 @@ enum Command {
     /// Capture a port's frames into a pcap file, or end that
     Capture(CaptureArgs),
     /// Show the ports live
+    #[command(after_help = "Example:\n  tern switch top")]
     Top {
         #[command(flatten)]
         to: To,
     },
     /// Print metrics for Prometheus
+    #[command(after_help = "Example:\n  tern switch metrics")]
     Metrics {
         #[command(flatten)]
         to: To,
     },
     /// End a switch
+    #[command(after_help = "Example:\n  tern switch quit")]
     Quit {
         #[command(flatten)]
         to: To,
@@ -91,6 +107,11 @@ enum Command {
 }
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:\n  \
+    tern switch run --port vm1,type=vhost-user,path=/tmp/vm1.sock --port up,type=tap,ifname=tap0\n  \
+    tern switch run --config switch.toml\n\n\
+    Keys of a port: type, path, mode, ifname, xdp-mode, queues, vlan, trunk, mtu, rate, storm;\n\
+    docs/switch.md says what they mean.")]
 struct RunArgs {
     /// One poll thread on each of these CPUs, as 1,3; without, one thread that runs anywhere
     #[arg(long, value_delimiter = ',')]
@@ -138,6 +159,8 @@ pub struct View {
 }
 
 #[derive(clap::Args)]
+#[command(after_help = "Examples:\n  tern switch fdb --port vm1\n  \
+    tern switch fdb --add 52:54:00:12:34:56 --port vm1")]
 struct FdbArgs {
     /// Only of this port
     #[arg(long)]
@@ -158,6 +181,10 @@ struct FdbArgs {
 }
 
 #[derive(clap::Args)]
+#[command(
+    after_help = "Examples:\n  tern switch mirror --add m1 --select vm1,vm2 --output probe\n  \
+    tern switch mirror\n  tern switch mirror --del m1"
+)]
 struct MirrorArgs {
     /// Add a mirror of this name
     #[arg(long, value_name = "NAME", requires_all = ["select", "output"])]
@@ -179,7 +206,11 @@ struct MirrorArgs {
 }
 
 #[derive(clap::Args)]
+#[command(
+    after_help = "Examples:\n  tern switch capture vm1 vm1.pcap\n  tern switch capture vm1      (ends it)"
+)]
 struct CaptureArgs {
+    /// Name of the port
     port: String,
     /// The file to write; without, captures of the port end
     file: Option<PathBuf>,
@@ -272,6 +303,7 @@ fn serve(a: &RunArgs) -> Outcome {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         // A log that cannot be written is no reason to stop: telling of it would panic.
         .log_internal_errors(false)
         .init();
@@ -295,6 +327,7 @@ fn serve(a: &RunArgs) -> Outcome {
     if let Some(parent) = control.parent().filter(|_| a.control.is_none()) {
         std::fs::create_dir_all(parent)?;
     }
+    vswitch::sys::raise_open_files();
     let signals = vswitch::sys::stop_signals()?;
     let mut server = Server::new(&config, &control)?;
     server.stop_on(signals.as_raw_fd())?;
@@ -309,6 +342,7 @@ fn default_control() -> PathBuf {
 /// A connection to a running switch.
 pub struct Client {
     stream: BufReader<UnixStream>,
+    path: PathBuf,
 }
 
 impl Client {
@@ -318,7 +352,7 @@ impl Client {
         })?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        Ok(Self { stream: BufReader::new(stream) })
+        Ok(Self { stream: BufReader::new(stream), path: path.into() })
     }
 
     /// Sends a command and waits for its answer.
@@ -328,10 +362,22 @@ impl Client {
         arguments: &Value,
     ) -> Result<Value, Box<dyn std::error::Error>> {
         let request = json!({ "command": command, "arguments": arguments });
-        self.stream.get_mut().write_all(format!("{request}\n").as_bytes())?;
         let mut line = String::new();
-        if self.stream.read_line(&mut line)? == 0 {
-            return Err("the switch has gone".into());
+        let said = self.stream.get_mut().write_all(format!("{request}\n").as_bytes());
+        let heard = said.and_then(|()| self.stream.read_line(&mut line));
+        let path = self.path.display();
+        match heard {
+            Ok(0) => return Err(format!("the switch on '{path}' has gone").into()),
+            Ok(_) => {}
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                let seconds = PATIENCE.as_secs();
+                return Err(format!(
+                    "the switch on '{path}' did not answer within {seconds} s; look whether its \
+                     process was stopped"
+                )
+                .into());
+            }
+            Err(e) => return Err(format!("the switch on '{path}' hung up: {e}").into()),
         }
         let mut answer: Value = serde_json::from_str(&line)?;
         match answer["error"].as_str() {

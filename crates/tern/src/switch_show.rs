@@ -62,6 +62,9 @@ pub fn ports(v: &Value) -> String {
         if !p["down"].is_null() {
             out.push_str(&format!("{name}: down: {}\n", cell(&p["down"])));
         }
+        if p["state"] == "connecting" && !p["refused"].is_null() {
+            out.push_str(&format!("{name}: cannot connect yet: {}\n", cell(&p["refused"])));
+        }
         if !xdp.is_null() {
             let why = match &xdp["why-generic"] {
                 Value::Null => String::new(),

@@ -1,4 +1,5 @@
 //! `tern switch top`: the ports live in a terminal.
+#![allow(unsafe_code)] // the terminal's size
 
 use std::collections::HashMap;
 use std::io::{IsTerminal, Write};
@@ -45,33 +46,67 @@ fn rate(now: u64, before: u64, factor: f64, seconds: f64) -> String {
     }
 }
 
+/// Columns of a row: 79, for terminals of 80.
+fn row(cells: [&str; 7]) -> String {
+    let [name, state, rx, rx_bits, tx, tx_bits, drops] = cells;
+    let name = match name.char_indices().nth(16) {
+        Some(_) => format!("{}…", name.chars().take(15).collect::<String>()),
+        None => name.into(),
+    };
+    format!("{name:<16} {state:<10} {rx:>9} {rx_bits:>11} {tx:>9} {tx_bits:>11} {drops:>7}\n")
+}
+
+/// A row of `p`, which was `before` some `seconds` ago.
+fn port_row(p: &Value, now: Reading, before: Reading, seconds: f64) -> String {
+    row([
+        p["name"].as_str().unwrap_or_default(),
+        p["state"].as_str().unwrap_or_default(),
+        &rate(now.rx_frames, before.rx_frames, 1.0, seconds),
+        &rate(now.rx_bytes, before.rx_bytes, 8.0, seconds),
+        &rate(now.tx_frames, before.tx_frames, 1.0, seconds),
+        &rate(now.tx_bytes, before.tx_bytes, 8.0, seconds),
+        &rate(now.drops, before.drops, 1.0, seconds),
+    ])
+}
+
+/// What fits into `height` lines of `heading` and `rows`, with a last line that says what does not.
+fn fit(heading: &str, rows: &[String], height: usize) -> String {
+    const LAST: &str = "Ctrl-C ends";
+    let room = height.saturating_sub(2);
+    if rows.len() <= room {
+        return format!("{heading}{}{LAST}", rows.concat());
+    }
+    let more = rows.len() - room;
+    format!("{heading}{}{more} ports more; {LAST}", rows[..room].concat())
+}
+
+/// Lines of the terminal on the standard output; 24 where it does not say.
+fn height() -> usize {
+    // SAFETY: winsize is plain data, written by the call.
+    let size = unsafe {
+        let mut size: libc::winsize = std::mem::zeroed();
+        libc::ioctl(libc::STDOUT_FILENO, libc::TIOCGWINSZ, &mut size);
+        size
+    };
+    if size.ws_row == 0 { 24 } else { size.ws_row.into() }
+}
+
 pub fn run(client: &mut Client) -> Outcome {
     let live = std::io::stdout().is_terminal();
+    let heading = row(["PORT", "STATE", "RX pkt/s", "RX bit/s", "TX pkt/s", "TX bit/s", "DROP/s"]);
     let mut before: HashMap<String, Reading> = HashMap::new();
     let mut at = Instant::now();
     loop {
         let v = client.ask("stats", &json!({}))?;
         let seconds = at.elapsed().as_secs_f64();
         at = Instant::now();
-        let mut text = format!(
-            "{:<16} {:<10} {:>9} {:>11} {:>9} {:>11} {:>9}\n",
-            "PORT", "STATE", "RX pkt/s", "RX bit/s", "TX pkt/s", "TX bit/s", "DROP/s"
-        );
+        let mut rows = Vec::new();
         let mut now = HashMap::new();
         for p in v["ports"].as_array().into_iter().flatten() {
             let name = p["name"].as_str().unwrap_or_default().to_owned();
             let n = Reading::of(p);
             let b = before.get(&name).copied().unwrap_or(n);
-            text.push_str(&format!(
-                "{:<16} {:<10} {:>9} {:>11} {:>9} {:>11} {:>9}\n",
-                name,
-                p["state"].as_str().unwrap_or_default(),
-                rate(n.rx_frames, b.rx_frames, 1.0, seconds),
-                rate(n.rx_bytes, b.rx_bytes, 8.0, seconds),
-                rate(n.tx_frames, b.tx_frames, 1.0, seconds),
-                rate(n.tx_bytes, b.tx_bytes, 8.0, seconds),
-                rate(n.drops, b.drops, 1.0, seconds),
-            ));
+            rows.push(port_row(p, n, b, seconds));
             now.insert(name, n);
         }
         let first = before.is_empty() && !now.is_empty();
@@ -79,9 +114,9 @@ pub fn run(client: &mut Client) -> Outcome {
         let mut out = std::io::stdout().lock();
         if live {
             // Home, the text, and nothing of what was there below it.
-            writeln!(out, "\x1b[H\x1b[J{text}Ctrl-C ends")?;
+            write!(out, "\x1b[H\x1b[J{}", fit(&heading, &rows, height()))?;
         } else if !first {
-            writeln!(out, "{text}")?;
+            writeln!(out, "{heading}{}", rows.concat())?;
         }
         out.flush()?;
         drop(out);
@@ -92,6 +127,20 @@ pub fn run(client: &mut Client) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_fit_into_a_terminal() {
+        let p = json!({ "name": "a-name-of-more-than-sixteen", "state": "connecting" });
+        let most = Reading { rx_frames: u64::MAX, ..Reading::default() };
+        let text = port_row(&p, most, Reading::default(), 1e9);
+        assert!(text.starts_with("a-name-of-more-… connecting"), "{text}");
+        assert_eq!(text.trim_end().chars().count(), 79, "{text}");
+        let rows = vec![text; 33];
+        let shown = fit("heading\n", &rows, 10);
+        assert_eq!(shown.lines().count(), 10);
+        assert!(shown.ends_with("25 ports more; Ctrl-C ends"), "{shown}");
+        assert_eq!(fit("heading\n", &rows, 40).lines().count(), 35);
+    }
 
     #[test]
     fn rates_are_short() {

@@ -28,6 +28,18 @@ pub fn build(spec: &spec::Machine) -> Result<GuestMemory, String> {
         ));
     }
     let object = backend(spec)?;
+    if let Some(MemoryBackend { id, kind: MemoryKind::File { path }, prealloc: false, .. }) = object
+        && let Some(room) = mem::lacks_room(path, size)
+    {
+        crate::tell!(
+            "tern: warning: -object memory-backend-file,id={id}: the file system of {} has room for \
+             {} of {}; the VM ends with SIGBUS when its guest gets so far (prealloc=on finds out at \
+             the start)",
+            path.display(),
+            bytes(room),
+            bytes(size)
+        );
+    }
     let made = GuestMemory::new(&layout::ram(size), &object.map_or(PRIVATE, backing));
     made.map_err(|e| match object {
         Some(MemoryBackend { id, kind: MemoryKind::Memfd { hugetlb: Some(page) }, .. }) => format!(

@@ -105,10 +105,14 @@ pub fn open(path: &Path) -> io::Result<(File, (u64, u64))> {
     let mut options = File::options();
     // Without O_NONBLOCK, opening a pipe waits for its reader.
     options.write(true).create(true).truncate(false).custom_flags(libc::O_NONBLOCK);
-    let file = options.open(path)?;
+    let no_file = || io::Error::other("it is no regular file");
+    let file = options.open(path).map_err(|e| match e.raw_os_error() {
+        Some(libc::ENXIO) => no_file(), // a pipe that nobody reads
+        _ => e,
+    })?;
     let data = file.metadata()?;
     if !data.is_file() {
-        return Err(io::Error::other("it is no regular file"));
+        return Err(no_file());
     }
     Ok((file, (data.dev(), data.ino())))
 }

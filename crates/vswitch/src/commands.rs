@@ -9,10 +9,11 @@ use serde_json::{Value, json};
 use crate::capture::Capture;
 use crate::config::{PortSpec, nearest};
 use crate::counters::{Drop, Totals};
-use crate::fdb::Key;
+use crate::fdb::{Key, Learned};
 use crate::port::{Kind, Link, Port};
 use crate::switch::{Mirror, Switch};
 use crate::table::PortId;
+use crate::vlan::MAX_VLAN;
 use crate::{Error, Result};
 
 /// All commands.
@@ -150,7 +151,16 @@ fn dispatch(s: &mut Switch, command: &str, a: Value) -> Result<Value> {
         "fdb-add" => {
             let FdbAdd { mac, vlan, port } = arguments(command, a)?;
             let id = s.port(&port)?.id;
-            s.shared.fdb.set_static(Key::new(parse_mac(&mac)?, vlan), id);
+            if vlan > MAX_VLAN {
+                let wrong = format!("fdb-add: VLAN {vlan}: expected 0 (none) to {MAX_VLAN}");
+                return Err(Error::Config(wrong));
+            }
+            if s.shared.fdb.set_static(Key::new(parse_mac(&mac)?, vlan), id) == Learned::Full {
+                return Err(Error::Config(format!(
+                    "fdb-add: no room for {mac} beside other addresses that are there for good; a \
+                     switch started with a larger --macs has more"
+                )));
+            }
         }
         "mirrors" => return Ok(json!(s.mirrors.values().collect::<Vec<_>>())),
         "add-mirror" => s.add_mirror(arguments::<Mirror>(command, a)?)?,
@@ -176,16 +186,24 @@ fn dispatch(s: &mut Switch, command: &str, a: Value) -> Result<Value> {
     Ok(json!({}))
 }
 
+/// A unicast address.
 fn parse_mac(text: &str) -> Result<u64> {
-    let bad =
-        || Error::Config(format!("'{text}' is not a MAC address: expected 52:54:00:12:34:56"));
+    let bad = || {
+        Error::Config(format!(
+            "'{text}' is not one interface's MAC address: expected such as 52:54:00:12:34:56"
+        ))
+    };
     let parts: Vec<&str> = text.split(':').collect();
-    if parts.len() != 6 || parts.iter().any(|p| p.len() != 2) {
+    // What parses a number takes a sign as well.
+    let hex = |p: &&str| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit());
+    if parts.len() != 6 || !parts.iter().all(hex) {
         return Err(bad());
     }
-    parts.iter().try_fold(0u64, |mac, p| {
+    let mac = parts.iter().try_fold(0u64, |mac, p| {
         u64::from_str_radix(p, 16).map(|b| mac << 8 | b).map_err(|_| bad())
-    })
+    })?;
+    let group = mac >> 40 & 1 != 0;
+    if mac == 0 || group { Err(bad()) } else { Ok(mac) }
 }
 
 fn mac_text(mac: [u8; 6]) -> String {
@@ -222,6 +240,7 @@ fn port_value(p: &Port) -> Value {
     v["captures"] = p.captures.iter().map(capture_value).collect();
     match &p.kind {
         Kind::Vhost(port) => {
+            v["refused"] = json!(port.refused);
             if let Some(d) = port.device() {
                 let (rx, tx) = d.running();
                 v["rings"] = json!({ "receive": rx, "transmit": tx, "packed": d.packed() });

@@ -85,10 +85,10 @@ pub struct PortSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
     /// Bits a second that the port may send.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "amount")]
     pub rate: Option<u64>,
     /// Flooded frames a second that the port may send.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "amount")]
     pub storm: Option<u64>,
 }
 
@@ -156,21 +156,36 @@ fn unknown(place: &str, key: &str, known: &[&str]) -> Error {
     Error::Config(format!("{place}: unknown key '{key}'; {hint}"))
 }
 
-/// A number with k, M, G, T for powers of 1000.
+/// A number a second, as a number or as text with a unit.
+fn amount<'de, D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Option<u64>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Amount {
+        Number(u64),
+        Text(String),
+    }
+    match Amount::deserialize(from) {
+        Ok(Amount::Number(n)) => Ok(Some(n)),
+        Ok(Amount::Text(text)) => parse_amount(&text).map(Some).map_err(serde::de::Error::custom),
+        Err(_) => Err(serde::de::Error::custom("expected a number, or text as \"100M\"")),
+    }
+}
+
+/// A number from 1 on, with k, M or G for powers of 1000.
 ///
 /// # Errors
 /// A sentence.
-pub fn parse_rate(place: &str, text: &str) -> Result<u64> {
-    let bad = || {
-        Error::Config(format!("{place}: '{text}' is not a rate: expected a number with k, M or G"))
-    };
+fn parse_amount(text: &str) -> std::result::Result<u64, String> {
+    let bad =
+        || format!("'{text}': expected a number from 1 on, with k, M or G for powers of 1000");
     let (digits, factor) = match text.char_indices().last() {
         Some((i, 'k' | 'K')) => (&text[..i], 1000),
         Some((i, 'M')) => (&text[..i], 1_000_000),
         Some((i, 'G')) => (&text[..i], 1_000_000_000),
         _ => (text, 1),
     };
-    let n: u64 = digits.parse().map_err(|_| bad())?;
+    let plain = digits.bytes().all(|b| b.is_ascii_digit());
+    let n: u64 = digits.parse().ok().filter(|_| plain).ok_or_else(bad)?;
     n.checked_mul(factor).filter(|n| *n > 0).ok_or_else(bad)
 }
 
@@ -259,13 +274,10 @@ impl PortSpec {
                 self.trunk = all.map(|v| number(place, key, v)).collect::<Result<_>>()?;
             }
             "mtu" => self.mtu = some(value).map(|v| number(place, key, &v)).transpose()?,
-            "rate" => {
-                let place = format!("{place}: rate");
-                self.rate = some(value).map(|v| parse_rate(&place, &v)).transpose()?;
-            }
-            "storm" => {
-                let place = format!("{place}: storm");
-                self.storm = some(value).map(|v| parse_rate(&place, &v)).transpose()?;
+            "rate" | "storm" => {
+                let limit = some(value).map(|v| parse_amount(&v)).transpose();
+                let limit = limit.map_err(|e| Error::Config(format!("{place}: {key}={e}")))?;
+                *(if key == "rate" { &mut self.rate } else { &mut self.storm }) = limit;
             }
             known if PORT_KEYS.contains(&known) => {
                 return Err(Error::Config(format!(
@@ -308,6 +320,7 @@ impl PortSpec {
         if *kind == PortType::VhostUser {
             match path {
                 None => return wanted("path"),
+                Some(p) if p.as_os_str().is_empty() => return wanted("path"),
                 Some(p) if p.as_os_str().len() > 107 => {
                     return fail("path= is longer than the 107 bytes of a socket's name".into());
                 }
@@ -366,20 +379,22 @@ impl Config {
     /// As [`load`](Self::load).
     pub fn parse(name: &str, text: &str) -> Result<Self> {
         let config: Self = toml::from_str(text).map_err(|e| {
-            let line =
-                e.span().map_or(0, |s| 1 + text[..s.start.min(text.len())].matches('\n').count());
-            let place = format!("{name}, line {line}");
+            let at = e.span().map_or(0, |span| span.start);
+            let place = format!("{name}, line {}", line_at(text, at));
             let message = e.message();
             match message.strip_prefix("unknown field `").and_then(|m| m.split('`').next()) {
                 Some(key) => {
                     let port = message.contains("`ifname`");
                     unknown(&place, key, if port { PORT_KEYS } else { CONFIG_KEYS })
                 }
-                None => Error::Config(format!("{place}: {message}")),
+                None => Error::Config(format!("{place}: {}{message}", key_at(text, at))),
             }
         })?;
-        config.check().map_err(|e| match e {
-            Error::Config(m) => Error::Config(format!("{name}: {m}")),
+        config.check_parts().map_err(|(part, e)| match e {
+            Error::Config(m) => match part.and_then(|part| part.position(text)) {
+                Some(at) => Error::Config(format!("{name}, line {}: {m}", line_at(text, at))),
+                None => Error::Config(format!("{name}: {m}")),
+            },
             other => other,
         })?;
         Ok(config)
@@ -390,32 +405,78 @@ impl Config {
     /// # Errors
     /// A sentence.
     pub fn check(&self) -> Result<()> {
+        self.check_parts().map_err(|(_, e)| e)
+    }
+
+    /// As [`check`](Self::check); says what is wrong where it is known.
+    fn check_parts(&self) -> std::result::Result<(), (Option<Part>, Error)> {
         let mut names = HashSet::new();
         let mut places = HashSet::new();
-        for p in &self.port {
-            p.check()?;
+        for (i, p) in self.port.iter().enumerate() {
+            let here = |e| (Some(Part::Port(i)), e);
+            p.check().map_err(here)?;
             if !names.insert(&p.name) {
-                return Err(Error::Config(format!("port '{}' is there twice", p.name)));
+                let twice = Error::Config(format!("port '{}' is there twice", p.name));
+                return Err(here(twice));
             }
             let place = p.path.as_ref().map(|p| p.display().to_string()).or(p.ifname.clone());
             if let Some(place) = place.filter(|x| !places.insert(x.clone())) {
-                return Err(Error::Config(format!(
-                    "port '{}': '{place}' has a port already",
-                    p.name
-                )));
+                let taken = format!("port '{}': '{place}' has a port already", p.name);
+                return Err(here(Error::Config(taken)));
             }
         }
+        let fail = |key, what: String| Err((Some(Part::Key(key)), Error::Config(what)));
         let mut cpus = HashSet::new();
         if let Some(c) = self.cpus.iter().find(|c| !cpus.insert(**c)) {
-            return Err(Error::Config(format!("cpus: {c} is there twice")));
+            return fail("cpus", format!("cpus: {c} is there twice"));
         }
         if self.ageing.is_some_and(|a| !(10..=1_000_000).contains(&a)) {
-            return Err(Error::Config("ageing: expected 10 to 1000000 seconds".into()));
+            return fail("ageing", "ageing: expected 10 to 1000000 seconds".into());
         }
         if self.macs.is_some_and(|m| !(64..=4 << 20).contains(&m)) {
-            return Err(Error::Config("macs: expected 64 to 4194304".into()));
+            return fail("macs", "macs: expected 64 to 4194304".into());
         }
         Ok(())
+    }
+}
+
+/// A part of a configuration.
+#[derive(Debug, Clone, Copy)]
+enum Part {
+    /// The port with this index.
+    Port(usize),
+    Key(&'static str),
+}
+
+impl Part {
+    /// Where it begins in `text`, which is TOML.
+    fn position(self, text: &str) -> Option<usize> {
+        type Table = std::collections::HashMap<String, toml::Spanned<toml::Value>>;
+        #[derive(Deserialize)]
+        struct Ports {
+            #[serde(default)]
+            port: Vec<toml::Spanned<toml::Value>>,
+        }
+        match self {
+            Self::Port(i) => {
+                toml::from_str::<Ports>(text).ok()?.port.get(i).map(|p| p.span().start)
+            }
+            Self::Key(key) => toml::from_str::<Table>(text).ok()?.get(key).map(|v| v.span().start),
+        }
+    }
+}
+
+/// The number of the line that byte `at` is in, from 1.
+fn line_at(text: &str, at: usize) -> usize {
+    1 + text.bytes().take(at).filter(|b| *b == b'\n').count()
+}
+
+/// "key: " of the line that byte `at` is in, or nothing.
+fn key_at(text: &str, at: usize) -> String {
+    let line = text.lines().nth(line_at(text, at) - 1).unwrap_or_default();
+    match line.split_once('=') {
+        Some((key, _)) => format!("{}: ", key.trim()),
+        None => String::new(),
     }
 }
 
@@ -458,7 +519,9 @@ mod tests {
             ("a,type=af-xdp,ifname=e,xdpmode=native", "did you mean 'xdp-mode'?"),
             ("a,type=tap,ifname=t,xdp-mode=native", "xdp-mode= means nothing for type=tap"),
             ("a b,type=tap,ifname=t", "a name has"),
-            ("a,type=tap,ifname=t,rate=fast", "not a rate"),
+            ("a,type=tap,ifname=t,rate=fast", "rate='fast': expected a number from 1 on"),
+            ("a,type=tap,ifname=t,storm=+5", "storm='+5': expected a number"),
+            ("a,type=vhost-user,path=", "type=vhost-user needs path="),
             ("a,type=tap,nonsense", "expected key=value"),
         ] {
             assert!(message(text).contains(expected), "{text}: {}", message(text));
@@ -479,7 +542,17 @@ mod tests {
             m(&wrong)
         );
         assert!(m("cpu = [1]\n").contains("line 1: unknown key 'cpu'; did you mean 'cpus'?"));
-        assert!(m("poll = 'never'\n").contains("line 1"));
+        assert!(m("poll = 'never'\n").contains("line 1: poll: "));
+        assert!(m("ageing = 20\nmacs = 5\n").contains("x.toml, line 2: macs: expected 64"));
+        let wrong = format!("{text}vlan = 5000\n");
+        assert!(m(&wrong).contains("x.toml, line 3: port 'a': VLAN 5000"), "{}", m(&wrong));
+        let wrong = format!("{text}queues = 500000\n");
+        assert!(m(&wrong).contains("line 7: queues: "), "{}", m(&wrong));
+        let limits = format!("{text}rate = '100M'\nstorm = 5\n");
+        let c = Config::parse("x.toml", &limits).unwrap();
+        assert_eq!((c.port[0].rate, c.port[0].storm), (Some(100_000_000), Some(5)));
+        let wrong = format!("{text}rate = 'fast'\n");
+        assert!(m(&wrong).contains("line 7: rate: 'fast': expected"), "{}", m(&wrong));
         assert!(m(&format!("{text}{}", &text[text.find("[[").unwrap()..])).contains("twice"));
     }
 }

@@ -181,15 +181,30 @@ impl Fdb {
         Learned::Full
     }
 
-    /// Ties `key` to `port` for good.
+    /// Ties `key` to `port` for good, in the place of a learned address if it must be.
     pub fn set_static(&self, key: Key, port: PortId) -> Learned {
         match self.find(key) {
             Some(v) => {
                 v.store(pack(port, 0) | STATIC, Ordering::Relaxed);
                 Learned::Changed
             }
-            None => self.insert(key, pack(port, 0) | STATIC),
+            None => loop {
+                match self.insert(key, pack(port, 0) | STATIC) {
+                    Learned::Full if self.evict(key) => {}
+                    done => return done,
+                }
+            },
         }
+    }
+
+    /// Makes room for `key` by forgetting an address that was learned; whether there was one.
+    fn evict(&self, key: Key) -> bool {
+        let slots = key.buckets(self.mask).into_iter().flat_map(|i| &self.buckets[i].0);
+        slots.filter(|s| s.value.load(Ordering::Relaxed) & STATIC == 0).any(|slot| {
+            let old = slot.key.load(Ordering::Acquire);
+            old != 0
+                && slot.key.compare_exchange(old, 0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        })
     }
 
     fn retain(&self, keep: impl Fn(Key, u64) -> bool) -> usize {

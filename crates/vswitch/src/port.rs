@@ -19,10 +19,12 @@ use crate::table::{PortId, PortView};
 use crate::vhost_port::VhostDevice;
 use crate::{Error, Result, sys};
 
-/// How soon a lost peer is tried again, while the loss is fresh, and later.
+/// How soon a lost peer is tried again: while the loss is fresh, later, and when it is old.
 pub const RETRY: Duration = Duration::from_millis(10);
 const LATER: Duration = Duration::from_millis(25);
+const SELDOM: Duration = Duration::from_millis(200);
 const FRESH: Duration = Duration::from_secs(10);
+const OLD: Duration = Duration::from_secs(60);
 /// A port has at most so many lines in the log in so long.
 const LOG_BURST: u32 = 4;
 const LOG_EVERY: Duration = Duration::from_secs(1);
@@ -43,6 +45,8 @@ pub struct VhostPort {
     pub link: Link,
     /// The device, while no connection has it.
     pub device: Option<VhostDevice>,
+    /// Why it could not connect when it last tried.
+    pub refused: Option<String>,
 }
 
 /// What is behind a port.
@@ -188,7 +192,7 @@ impl VhostPort {
         };
         let link =
             if server { Link::Listening } else { Link::Connecting { since: now, next: now } };
-        Ok(Self { listener, link, device: Some(device) })
+        Ok(Self { listener, link, device: Some(device), refused: None })
     }
 
     /// The device, whoever has it.
@@ -254,7 +258,14 @@ impl VhostPort {
         if now < *next {
             return None;
         }
-        *next = now + if now - *since < FRESH { RETRY } else { LATER };
-        sys::connect_now(path).ok()
+        *next = now
+            + match now - *since {
+                lost if lost < FRESH => RETRY,
+                lost if lost < OLD => LATER,
+                _ => SELDOM,
+            };
+        let connected = sys::connect_now(path);
+        self.refused = connected.as_ref().err().map(ToString::to_string);
+        connected.ok()
     }
 }

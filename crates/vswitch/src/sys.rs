@@ -56,3 +56,15 @@ pub fn stop_signals() -> io::Result<OwnedFd> {
         Ok(OwnedFd::from_raw_fd(fd))
     }
 }
+
+/// Lets the process have as many descriptors as it may: a queue of a port needs about ten.
+pub fn raise_open_files() {
+    // SAFETY: rlimit is plain data, written by the first call and read by the second.
+    unsafe {
+        let mut limit: libc::rlimit = std::mem::zeroed();
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+        }
+    }
+}

@@ -12,7 +12,9 @@ use mem::{ByteValued, GuestMemory};
 use super::RingError;
 use super::raw::{DESC_INDIRECT, DESC_NEXT, DESC_SIZE, DESC_WRITE, RawDesc};
 
-/// Most buffers in one chain: what `readv` and io_uring take at once (UIO_MAXIOV).
+/// Most buffers in one chain, and most descriptors of an indirect table that are followed, empty
+/// ones included: what `readv` and io_uring take at once (UIO_MAXIOV). A driver may not make a chain
+/// longer than its queue (VIRTIO 1.2, 2.7.5.3.1), but some do where queues are short.
 pub const MAX_SEGMENTS: usize = 1024;
 
 /// A reusable holder of one chain. Made once with [`Chain::new`], filled by
@@ -305,7 +307,10 @@ impl Chain {
             mem.slice(table, len as usize).map_err(|_| RingError::Buffer { addr: table, len })?;
         let size = len / DESC_SIZE;
         let mut i = 0;
-        for _ in 0..size {
+        for n in 0..size {
+            if n == MAX_SEGMENTS as u32 {
+                return Err(RingError::ChainTooLong);
+            }
             let mut bytes = [0; DESC_SIZE as usize];
             // SAFETY: i < size, so the 16 bytes are inside the slice just checked.
             unsafe {

@@ -18,6 +18,7 @@ use crate::testing::{Buffer, CountingInterrupt, DriverRing, hostile, ram};
 const RAM: u64 = 1 << 20;
 const DATA: u64 = 0x40000;
 const TABLES: u64 = 0x20000;
+const LONG_TABLE: u64 = 0x80000;
 
 fn features(packed: bool, event: bool) -> u64 {
     let mut f = mask(VIRTIO_F_INDIRECT_DESC);
@@ -359,6 +360,14 @@ fn broken_rules_are_named() {
             set(d, 0, desc(TABLES, 32, 4, 0));
             set(d, TABLES, desc(DATA, 1, 1, 1));
             set(d, TABLES + 16, desc(DATA, 1, 1, 0));
+        }),
+        (RingError::ChainTooLong, &|d| {
+            // Empty buffers take no room, but time.
+            set(d, 0, desc(LONG_TABLE, 16 * 1100, 4, 0));
+            for i in 0..1100 {
+                let next = u16::from(i < 1099);
+                set(d, LONG_TABLE + 16 * u64::from(i), desc(DATA, 0, next, i + 1));
+            }
         }),
         (RingError::DescriptorIndex { index: 2, size: 2 }, &|d| {
             set(d, 0, desc(TABLES, 32, 4, 0));
