@@ -108,7 +108,10 @@ fn file(path: &std::path::Path) -> Result<File> {
 /// Bytes that the file system of `path` has room for, when they are fewer than `size`: RAM in a file
 /// there that is not allocated beforehand would end its process when the guest gets so far.
 pub fn lacks_room(path: &Path, size: u64) -> Option<u64> {
-    let name = CString::new(path.as_os_str().as_bytes()).ok()?;
+    // The file is made when it is not there.
+    let place = if path.exists() { path } else { path.parent()? };
+    let place = if place.as_os_str().is_empty() { Path::new(".") } else { place };
+    let name = CString::new(place.as_os_str().as_bytes()).ok()?;
     // SAFETY: statfs is plain data, for which all zeroes is valid.
     let mut s: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: the name ends with a zero; s outlives the call, which writes only into it.
@@ -143,6 +146,8 @@ mod tests {
     fn room_on_a_file_system_is_known() {
         let here = std::env::temp_dir();
         assert_eq!(lacks_room(&here, 0), None);
+        assert_eq!(lacks_room(Path::new("not-there"), 0), None);
+        assert!(lacks_room(Path::new("not-there"), u64::MAX).is_some());
         assert!(lacks_room(&here, u64::MAX).is_some());
         assert!(lacks_room(Path::new("/proc"), 1 << 20).is_some(), "it holds nothing");
     }
