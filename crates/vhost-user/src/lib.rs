@@ -15,6 +15,7 @@
 //! Left out, and refused by name: IOMMU messages, in-band notifications, crypto sessions, Xen
 //! memory, shared objects, device state, rings of the other endianness, hardware doorbells.
 
+mod aio_signal;
 pub mod backend;
 pub mod frontend;
 mod lent_event;
