@@ -187,17 +187,19 @@ impl<B: Backend> Connection<B> {
         self.device.as_mut().expect("given back only with the connection")
     }
 
-    /// What the front end broke of what it had lent: drop the connection then. Cheap; ask when
-    /// [`broken_count`](crate::broken_count) has changed.
+    /// What the front end did wrong without a word, if it did: drop the connection then. Cheap, and
+    /// to be asked now and then.
     pub fn broken(&self) -> Option<&'static str> {
         let s = &self.session;
         let shrunk = s.table.is_broken()
             || s.log.as_ref().is_some_and(|l| l.is_broken())
             || s.inflight.as_ref().is_some_and(InflightArea::is_broken);
         if shrunk {
-            Some("a memory file was made shorter while it was in use")
+            Some("memory that it lent has gone: its file was made shorter, or its disk is full")
         } else if s.rings.iter().any(|ring| ring.call.is_blocked()) {
             Some("a call eventfd was made to block while it was in use")
+        } else if self.channel.is_stalled() {
+            Some("it began a message and did not end it within 5 s")
         } else {
             None
         }

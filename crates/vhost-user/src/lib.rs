@@ -9,7 +9,7 @@
 //! - [`message`]: the wire, with its validity checks.
 //! - [`protocol`]: feature bits that the protocol fixes.
 //! - `testing`: peers that lie (feature `testing`).
-//! - `lent_event`: interrupting the other side, whatever it did to the eventfd.
+//! - `lent_event`, `aio_signal`: interrupting the other side, whatever it did to the eventfd.
 //! - `socket`: messages and descriptors over a socket.
 //!
 //! Left out, and refused by name: IOMMU messages, in-band notifications, crypto sessions, Xen
@@ -27,12 +27,6 @@ pub mod testing;
 
 pub use backend::{Backend, Connection};
 pub use frontend::Frontend;
-
-/// Changes whenever a peer is found to have broken something that it lent: then ask each connection
-/// with [`Connection::broken`].
-pub fn broken_count() -> usize {
-    mem::sigbus::broken_count() + lent_event::blocked_count()
-}
 
 /// What ends a connection.
 #[derive(Debug, thiserror::Error)]

@@ -11,7 +11,8 @@ pub const RARP: u64 = 1 << 2;
 pub const REPLY_ACK: u64 = 1 << 3;
 /// NET_SET_MTU.
 pub const MTU: u64 = 1 << 4;
-/// The back end may send requests of its own, over a second socket.
+/// The back end may send requests of its own, over a second socket. Its owner can send his end of the
+/// first one through it, which then is not seen to close: offer it where front ends are trusted.
 pub const BACKEND_REQ: u64 = 1 << 5;
 /// SET_VRING_ENDIAN, for legacy guests of the other endianness.
 pub const CROSS_ENDIAN: u64 = 1 << 6;

@@ -22,6 +22,9 @@ use crate::{Error, Result};
 const CMSG_WORDS: usize =
     (size_of::<libc::cmsghdr>() + (MAX_FDS + 1) * size_of::<RawFd>()).div_ceil(8) + 2;
 
+/// How long the rest of a message may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// A socket that messages of one direction come in on.
 #[derive(Debug)]
 pub struct Channel {
@@ -30,6 +33,8 @@ pub struct Channel {
     buf: Vec<u8>,
     header: Option<Header>,
     fds: Vec<OwnedFd>,
+    /// When the message began that is held in part.
+    begun: Option<Instant>,
 }
 
 impl Channel {
@@ -37,7 +42,7 @@ impl Channel {
     pub fn new(stream: UnixStream, incoming: Incoming) -> Result<Self> {
         stream.set_nonblocking(true).map_err(|source| Error::Host { what: "socket", source })?;
         let buf = Vec::with_capacity(HEADER_SIZE + MAX_PAYLOAD);
-        Ok(Self { stream, incoming, buf, header: None, fds: Vec::new() })
+        Ok(Self { stream, incoming, buf, header: None, fds: Vec::new(), begun: None })
     }
 
     pub fn fd(&self) -> RawFd {
@@ -55,6 +60,9 @@ impl Channel {
                 Some(h) => HEADER_SIZE + h.size,
             };
             if self.buf.len() < need && !self.fill(need)? {
+                if !self.buf.is_empty() {
+                    self.begun.get_or_insert_with(Instant::now);
+                }
                 return Ok(None);
             }
             let Some(header) = self.header else {
@@ -64,11 +72,17 @@ impl Channel {
                 continue;
             };
             let message = decode(header, &self.buf[HEADER_SIZE..], self.fds.len());
-            self.header = None;
+            (self.header, self.begun) = (None, None);
             self.buf.clear();
             let fds = std::mem::take(&mut self.fds);
             return message.map(|m| Some((m, fds)));
         }
+    }
+
+    /// Whether the rest of a message does not come. A descriptor beside its beginning may be the
+    /// other side's own end of this socket, and then it never closes.
+    pub fn is_stalled(&self) -> bool {
+        self.begun.is_some_and(|at| at.elapsed() > PATIENCE)
     }
 
     /// Waits for the next message until `deadline`.

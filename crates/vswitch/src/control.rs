@@ -77,7 +77,6 @@ pub struct Server {
     told: Option<Instant>,
     /// What is watched for each port.
     watched: HashMap<PortId, RawFd>,
-    broken: usize,
     quit: bool,
 }
 
@@ -113,7 +112,6 @@ impl Server {
             unfinished: Vec::new(),
             told: None,
             watched: HashMap::new(),
-            broken: vhost_user::broken_count(),
             quit: false,
             switch,
         };
@@ -194,19 +192,14 @@ impl Server {
         self.clients.retain(|_, c| !c.http || c.heard.elapsed() < HTTP_PATIENCE);
         self.switch.tick();
         self.switch.reopen();
-        let broken = vhost_user::broken_count();
-        if broken != self.broken {
-            self.broken = broken;
-            let reason = |p: &Port| match &p.kind {
-                Kind::Vhost(VhostPort { link: Link::Connected(c), .. }) => c.broken(),
-                _ => None,
-            };
-            let lost: Vec<_> =
-                self.switch.ports().filter_map(|p| Some((p.id, reason(p)?))).collect();
-            for (id, reason) in lost {
-                self.unwatch_port(id);
-                self.switch.disconnect(id, Some(reason.to_owned()));
-            }
+        let broken = |p: &Port| match &p.kind {
+            Kind::Vhost(VhostPort { link: Link::Connected(c), .. }) => c.broken(),
+            _ => None,
+        };
+        let lost: Vec<_> = self.switch.ports().filter_map(|p| Some((p.id, broken(p)?))).collect();
+        for (id, reason) in lost {
+            self.unwatch_port(id);
+            self.switch.disconnect(id, Some(reason.to_owned()));
         }
     }
 

@@ -112,7 +112,9 @@ impl Backend for VhostDevice {
     }
 
     fn protocol_features(&self) -> u64 {
-        protocol::COMMON | protocol::RARP | protocol::MTU
+        // Without BACKEND_REQ: nothing is asked of the front end, and through the socket that it
+        // lends it could keep its own end of the connection open here after it has gone.
+        protocol::COMMON & !protocol::BACKEND_REQ | protocol::RARP | protocol::MTU
     }
 
     fn max_queues(&self) -> usize {

@@ -31,6 +31,8 @@ pub const EVENT: u64 = mask(VIRTIO_F_EVENT_IDX);
 pub const OFFLOADS: u64 =
     mask(feature::GUEST_CSUM) | mask(feature::GUEST_TSO4) | mask(feature::GUEST_TSO6);
 
+/// Memory of a guest.
+pub const GUEST_BYTES: u64 = 0x400_0000;
 const SIZE: u16 = 256;
 const TX_BUFFERS: u64 = 0x40_0000;
 const RX_BUFFERS: u64 = 0x100_0000;
@@ -52,7 +54,15 @@ pub struct Guest {
 
 impl Guest {
     fn new(features: u64, buffer: u32) -> (Self, RingSetup, RingSetup) {
-        let mem = ram(0x400_0000);
+        Self::with_memory(ram(GUEST_BYTES), features, buffer)
+    }
+
+    /// One whose memory is `mem`, of [`GUEST_BYTES`].
+    pub fn with_memory(
+        mem: GuestMemory,
+        features: u64,
+        buffer: u32,
+    ) -> (Self, RingSetup, RingSetup) {
         let tx = DriverRing::new(&mem, 0x1000, SIZE, features);
         let rx = DriverRing::new(&mem, 0x10_0000, SIZE, features);
         let call = Arc::new(CountingInterrupt::default());
