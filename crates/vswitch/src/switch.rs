@@ -364,12 +364,14 @@ impl Switch {
     }
 
     /// Says of a port's connection that it is over, and why if somebody broke the rules.
-    pub fn disconnect(&mut self, id: PortId, reason: Option<String>) {
+    pub fn disconnect(&mut self, id: PortId, mut reason: Option<String>) {
         let Some(port) = self.by_id(id) else { return };
         match &mut port.kind {
             Kind::Vhost(v) => {
-                if !matches!(v.link, Link::Connected(_)) {
-                    return;
+                let Link::Connected(c) = &v.link else { return };
+                // Memory that has gone reads as zeroes, and rings of zeroes are wrong in many ways.
+                if let (Some(reason), Some(broken)) = (&mut reason, c.broken()) {
+                    *reason = broken.to_owned();
                 }
                 v.detach();
             }
