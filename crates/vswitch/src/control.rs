@@ -35,7 +35,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 const TELL_EVERY: Duration = Duration::from_secs(10);
 /// How often time goes on.
 const TICK: Duration = Duration::from_millis(100);
-/// Most messages taken from one port before others have a turn.
+/// Most events, and most new clients, that are handled in a turn.
 const EVENTS: usize = 64;
 
 const FAULT: u64 = 1;
@@ -55,7 +55,7 @@ struct Client {
     http: bool,
     input: Vec<u8>,
     output: Vec<u8>,
-    /// When it last said something.
+    /// When it last said something; one that asks for metrics, when it came.
     heard: Instant,
     /// Nothing more is read; it ends when `output` is written.
     ending: bool,
@@ -73,8 +73,9 @@ pub struct Server {
     next_client: u32,
     /// Clients that have said more than was answered in their last turn.
     unfinished: Vec<u32>,
-    /// When it was last told that no connection can be taken.
+    /// When it was last told that no connection can be taken, and whether one could not this turn.
     told: Option<Instant>,
+    pause: bool,
     /// What is watched for each port.
     watched: HashMap<PortId, RawFd>,
     quit: bool,
@@ -111,6 +112,7 @@ impl Server {
             next_client: 0,
             unfinished: Vec::new(),
             told: None,
+            pause: false,
             watched: HashMap::new(),
             quit: false,
             switch,
@@ -149,8 +151,9 @@ impl Server {
             }
             self.connect_clients();
             let mut wait = next_tick.saturating_duration_since(now);
-            if self.is_connecting() {
-                wait = wait.min(RETRY);
+            if let Some(next) = self.next_attempt() {
+                // No sooner than that, for the sake of many ports that wait.
+                wait = wait.min(next.saturating_duration_since(now).max(RETRY));
             }
             let mut events = [EpollEvent::default(); EVENTS];
             // Rounded up: a wait of 0 ms would spin until the time has come.
@@ -164,6 +167,9 @@ impl Server {
                 self.client(id);
             }
             self.follow_ports();
+            if std::mem::take(&mut self.pause) {
+                std::thread::sleep(PAUSE);
+            }
         }
     }
 
@@ -203,10 +209,13 @@ impl Server {
         }
     }
 
-    fn is_connecting(&self) -> bool {
-        self.switch
-            .ports()
-            .any(|p| matches!(&p.kind, Kind::Vhost(v) if matches!(v.link, Link::Connecting { .. })))
+    /// When the first of the ports that have nobody to connect to tries again.
+    fn next_attempt(&self) -> Option<Instant> {
+        let next = |p: &Port| match &p.kind {
+            Kind::Vhost(VhostPort { link: Link::Connecting { next, .. }, .. }) => Some(*next),
+            _ => None,
+        };
+        self.switch.ports().filter_map(next).min()
     }
 
     fn connect_clients(&mut self) {
@@ -312,9 +321,9 @@ impl Server {
         }
     }
 
-    /// Takes the connections that wait for an answer.
+    /// Takes connections that wait; those that come faster than that have to wait for others' turn.
     fn accept(&mut self, what: &str, http: bool) {
-        loop {
+        for _ in 0..EVENTS {
             let accepted = match (&self.metrics, http) {
                 (Some(metrics), true) => metrics.accept().and_then(|(s, _)| {
                     s.set_nonblocking(true)?;
@@ -342,7 +351,7 @@ impl Server {
                  raised before the switch is started"
             );
         }
-        std::thread::sleep(PAUSE);
+        self.pause = true;
     }
 
     fn add_client(&mut self, stream: Box<dyn Stream>, http: bool) {
@@ -394,7 +403,10 @@ impl Server {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return true,
                 Err(_) => return false,
             }
-            client.heard = Instant::now();
+            // Who asks for metrics has its time in all, not for each byte.
+            if !client.http {
+                client.heard = Instant::now();
+            }
         }
         if client.http {
             if client.has_request() {

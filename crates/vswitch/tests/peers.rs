@@ -251,6 +251,18 @@ fn silent_clients_make_room_and_scrapers_take_no_controllers_place() {
     }
 }
 
+/// Who drips a request for metrics has no more time than who says nothing.
+#[test]
+fn a_slow_scraper_is_hung_up_on() {
+    let switch = Switch::start();
+    let mut slow = TcpStream::connect(&switch.metrics).unwrap();
+    let start = Instant::now();
+    while slow.write_all(b"G").is_ok() {
+        assert!(start.elapsed() < PATIENCE, "it was listened to all the time");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
 #[test]
 fn one_that_asks_for_much_keeps_no_other_waiting() {
     let switch = Switch::start();
