@@ -111,6 +111,16 @@ fn wrong_memory_is_refused_by_name() {
     Peer::ready().refused(SetLogBase, log, &small(), "shorter");
     let inflight = Inflight { mmap_size: 0x9000, mmap_offset: 0, num_queues: 1, queue_size: 8 };
     Peer::ready().refused(SetInflightFd, Payload::Inflight(inflight), &small(), "shorter");
+    // Sparse files can be as large as anybody likes; addresses to map them at are few.
+    let huge = || vec![memfd(1 << 46).into()];
+    let large = MemRegion { size: 1 << 45, ..region() };
+    Peer::new().refused(SetMemTable, table(large), &huge(), "at most 0x100000000000");
+    let slot = MemRegion { guest_addr: 1 << 40, user_addr: 1 << 46, size: 1 << 44, mmap_offset: 0 };
+    Peer::ready().refused(AddMemReg, Payload::MemRegion(slot), &huge(), "at most 0x100000000000");
+    let log = Payload::Log(LogArea { size: 1 << 40, offset: 0 });
+    Peer::ready().refused(SetLogBase, log, &huge(), "at most 0x2000000000");
+    let tables = Payload::Inflight(Inflight { mmap_size: 1 << 40, ..inflight });
+    Peer::ready().refused(SetInflightFd, tables, &huge(), "at most 0x2000000000");
     let many = Inflight { num_queues: 1000, ..inflight };
     Peer::ready().refused(GetInflightFd, Payload::Inflight(many), &[], "1000");
 }

@@ -2,10 +2,8 @@
 
 use std::os::fd::OwnedFd;
 
-use mem::ForeignMapping;
-
 use super::inflight::InflightArea;
-use super::memory::{MAX_SLOTS, MemoryTable};
+use super::memory::{MAX_SLOTS, MemoryTable, map_table};
 use super::ring::{Kick, RingState};
 use super::{
     Backend, Outcome, Postcopy, PostcopyState, Session, broken, driver_features, offered,
@@ -274,8 +272,8 @@ impl Session {
     ) -> Result<Outcome> {
         let id = FrontendId::SetLogBase;
         let fd = fd.ok_or_else(|| broken(id, "no descriptor; a log needs one".into()))?;
-        let mapping = ForeignMapping::map(fd.into(), log.offset, log.size);
-        let mapping = mapping.map_err(|e| broken(id, format!("the log: {e}")))?;
+        let mapping = map_table("the log", fd, log.offset, log.size);
+        let mapping = mapping.map_err(|reason| broken(id, reason))?;
         self.log = Some(mapping);
         if self.wants_log() {
             self.pause(device);

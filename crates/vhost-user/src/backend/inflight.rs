@@ -1,12 +1,12 @@
 //! The memory that keeps the rings' in-flight tables while no back end runs.
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use mem::ForeignMapping;
 use virtio::{InflightQueue, RingPos, RingSetup};
 
+use super::memory::map_table;
 use crate::message::Inflight;
 use crate::socket::memfd;
 
@@ -37,8 +37,8 @@ impl InflightArea {
     /// # Errors
     /// A sentence: not mappable.
     pub fn new(area: &Inflight, fd: OwnedFd) -> Result<Self, String> {
-        let mapping = ForeignMapping::map(File::from(fd), area.mmap_offset, area.mmap_size)
-            .map_err(|e| format!("the in-flight tables: {e}"))?;
+        let (offset, size) = (area.mmap_offset, area.mmap_size);
+        let mapping = map_table("the in-flight tables", fd, offset, size)?;
         Ok(Self { mapping, num_queues: area.num_queues, queue_size: area.queue_size })
     }
 

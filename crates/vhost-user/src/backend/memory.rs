@@ -15,6 +15,26 @@ pub const MAX_SLOTS: usize = 509;
 /// front ends with sparse files of any size leave the others room.
 pub const MAX_BYTES: u64 = 16 << 40;
 
+/// Most bytes of a dirty log, and of in-flight tables: a log of all 2^52 bytes that machines of today can
+/// address, or tables for 256 rings of 32,768 entries many times over.
+pub const MAX_TABLES: u64 = 1 << 37;
+
+/// Maps `size` bytes of `file` that are not guest memory, but `what`.
+///
+/// # Errors
+/// A sentence: too many, or why they cannot be mapped.
+pub fn map_table(
+    what: &str,
+    file: OwnedFd,
+    offset: u64,
+    size: u64,
+) -> Result<Arc<ForeignMapping>, String> {
+    if size > MAX_TABLES {
+        return Err(format!("{what}: {size:#x} bytes; at most {MAX_TABLES:#x} are taken"));
+    }
+    ForeignMapping::map(file.into(), offset, size).map_err(|e| format!("{what}: {e}"))
+}
+
 /// The regions, by their user address.
 #[derive(Debug, Default, Clone)]
 pub struct MemoryTable(Vec<(MemRegion, Arc<ForeignMapping>)>);
