@@ -269,3 +269,59 @@ impl VhostPort {
         connected.ok()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use tracing::span::{Attributes, Id, Record};
+    use tracing::{Event, Metadata, Subscriber};
+
+    use super::*;
+
+    /// Counts lines.
+    #[derive(Clone, Default)]
+    struct Lines(Arc<AtomicU32>);
+
+    impl Subscriber for Lines {
+        fn enabled(&self, _: &Metadata<'_>) -> bool {
+            true
+        }
+
+        fn new_span(&self, _: &Attributes<'_>) -> Id {
+            Id::from_u64(1)
+        }
+
+        fn record(&self, _: &Id, _: &Record<'_>) {}
+
+        fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+        fn event(&self, _: &Event<'_>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+
+        fn enter(&self, _: &Id) {}
+
+        fn exit(&self, _: &Id) {}
+    }
+
+    #[test]
+    fn the_other_side_does_not_decide_how_long_the_log_is() {
+        let spec = PortSpec::parse("x,type=vhost-user,path=/none,mode=client").unwrap();
+        let link = Link::Listening;
+        let vhost = VhostPort { listener: None, link, device: None, refused: None };
+        let mut port = Port::new(0, spec, Kind::Vhost(vhost), vec![0]);
+        let lines = Lines::default();
+        tracing::subscriber::with_default(lines.clone(), || {
+            let start = Instant::now();
+            for _ in 0..1000 {
+                port.log(Level::INFO, "connected");
+                port.note_reset("it lied".into());
+            }
+            let seconds = start.elapsed().as_secs() as u32 + 1;
+            assert!(lines.0.load(Ordering::Relaxed) <= seconds * LOG_BURST);
+        });
+        assert!(port.hushed >= 1000);
+        assert_eq!(port.resets, 1000);
+    }
+}
