@@ -33,6 +33,8 @@ const HTTP_PATIENCE: Duration = Duration::from_secs(10);
 /// that is told.
 const PAUSE: Duration = Duration::from_millis(20);
 const TELL_EVERY: Duration = Duration::from_secs(10);
+/// Most ports that try to connect in a turn, about every 10 ms.
+const MOST_ATTEMPTS: usize = 128;
 /// How often time goes on.
 const TICK: Duration = Duration::from_millis(100);
 /// Most events, and most new clients, that are handled in a turn.
@@ -219,8 +221,20 @@ impl Server {
     }
 
     fn connect_clients(&mut self) {
+        let now = Instant::now();
+        let due = |(at, port): (usize, &Option<Port>)| match &port.as_ref()?.kind {
+            Kind::Vhost(VhostPort { link: Link::Connecting { next, .. }, .. }) if *next <= now => {
+                Some((*next, at))
+            }
+            _ => None,
+        };
+        let mut due: Vec<_> = self.switch.ports.iter().enumerate().filter_map(due).collect();
+        // Those that have waited for longest first: all have their turn.
+        due.sort_unstable();
+        due.truncate(MOST_ATTEMPTS);
         let mut connected = false;
-        for p in self.switch.ports.iter_mut().flatten() {
+        for (_, at) in due {
+            let Some(p) = &mut self.switch.ports[at] else { continue };
             let Kind::Vhost(v) = &mut p.kind else { continue };
             let Some(stream) = p.spec.path.as_deref().and_then(|path| v.try_connect(path)) else {
                 continue;

@@ -264,6 +264,33 @@ fn a_slow_scraper_is_hung_up_on() {
 }
 
 #[test]
+fn a_port_that_cannot_connect_says_why() {
+    let switch = Switch::start();
+    std::fs::write(switch.path("file"), "").unwrap();
+    // More of them than try at a time.
+    for n in 0..300 {
+        let path = switch.path(if n == 0 { "file" } else { "later" });
+        let port = format!("c{n},type=vhost-user,mode=client,path={}", path.display());
+        assert_eq!(switch.ask("add-port", json!({ "port": port }))["error"], Value::Null);
+    }
+    let shown = || switch.ask("show", json!({}))["return"]["ports"].take();
+    let until = |what: &str, is_so: &dyn Fn(&Value) -> bool| {
+        let deadline = Instant::now() + PATIENCE;
+        while !shown().as_array().unwrap()[3..].iter().all(is_so) {
+            assert!(Instant::now() < deadline, "{what}: {}", shown());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    until("why not", &|port| {
+        let why = port["refused"].as_str().unwrap_or_default();
+        why.contains(if port["name"] == "c0" { "refused" } else { "No such file" })
+    });
+    let _listener = std::os::unix::net::UnixListener::bind(switch.path("later")).unwrap();
+    let is_connected = |port: &Value| port["name"] == "c0" || port["state"] == "connected";
+    until("connected", &is_connected);
+}
+
+#[test]
 fn one_that_asks_for_much_keeps_no_other_waiting() {
     let switch = Switch::start();
     let mut much = switch.client();
