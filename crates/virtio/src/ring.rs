@@ -60,7 +60,7 @@ pub enum RingError {
     TooManyAvailable,
     #[error("descriptor index {index} is outside its table of {size}")]
     DescriptorIndex { index: u16, size: u32 },
-    #[error("a descriptor chain loops, or is longer than its table")]
+    #[error("a descriptor chain loops, or is longer than its table or {MAX_SEGMENTS} descriptors")]
     ChainTooLong,
     #[error("a descriptor chain has more than {MAX_SEGMENTS} buffers")]
     TooManySegments,
