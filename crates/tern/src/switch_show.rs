@@ -65,6 +65,16 @@ pub fn ports(v: &Value) -> String {
         if p["state"] == "connecting" && !p["refused"].is_null() {
             out.push_str(&format!("{name}: cannot connect yet: {}\n", cell(&p["refused"])));
         }
+        for c in list(&p["captures"]) {
+            let (file, frames, lost) = (cell(&c["file"]), cell(&c["frames"]), cell(&c["left-out"]));
+            let end = match &c["failed"] {
+                Value::Null => String::new(),
+                why => format!("; nothing more is written: {}", cell(why)),
+            };
+            out.push_str(&format!(
+                "{name}: capture to {file}: {frames} frames, {lost} left out{end}\n"
+            ));
+        }
         if !xdp.is_null() {
             let why = match &xdp["why-generic"] {
                 Value::Null => String::new(),
@@ -152,5 +162,10 @@ mod tests {
         assert!(
             ports(&json!({ "ports": [{ "name": "x", "trunk": [1, 2] }] })).contains("trunk 1+2")
         );
+        let capture = json!({ "file": "/f", "frames": 8, "left-out": 3, "failed": "No space" });
+        let text = ports(&json!({ "ports": [{ "name": "x", "captures": [capture] }] }));
+        let expected =
+            "x: capture to /f: 8 frames, 3 left out; nothing more is written: No space\n";
+        assert!(text.contains(expected), "{text}");
     }
 }
