@@ -310,6 +310,57 @@ fn one_that_asks_for_much_keeps_no_other_waiting() {
     writing.join().unwrap();
 }
 
+/// CPU time that process `pid` has used, in clock ticks (100 a second).
+fn ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    // Fields 14 and 15; the second is a name in parentheses.
+    let fields = stat.rsplit(") ").next().unwrap().split(' ');
+    fields.skip(11).take(2).map(|n| n.parse::<u64>().unwrap()).sum()
+}
+
+#[test]
+fn out_of_descriptors_it_waits_and_goes_on_later() {
+    const INSIDE: &str = "TERN_TEST_FEW_DESCRIPTORS";
+    if std::env::var_os(INSIDE).is_some() {
+        let _switch = Switch::start();
+        // Until the test outside has an end.
+        std::io::stdin().read_to_string(&mut String::new()).unwrap();
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let exe = std::env::current_exe().unwrap();
+    let line = "ulimit -n 40; exec \"$0\" --exact out_of_descriptors_it_waits_and_goes_on_later";
+    let mut child = std::process::Command::new("sh")
+        .args(["-c", line])
+        .arg(exe)
+        .env(INSIDE, "1")
+        .env("TMPDIR", dir.path())
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let connect = || {
+        let inside = std::fs::read_dir(dir.path()).unwrap().next()?.unwrap().path();
+        UnixStream::connect(inside.join("control")).ok()
+    };
+    while connect().is_none() {
+        assert!(Instant::now() < deadline, "it does not start");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // More than it can take, and fewer than it would hang up on.
+    let clients: Vec<_> = (0..60).map(|_| connect().unwrap()).collect();
+    let before = ticks(child.id());
+    std::thread::sleep(Duration::from_secs(1));
+    let used = ticks(child.id()) - before;
+    assert!(used < 50, "{used} ticks in a second of waiting");
+    drop(clients);
+    let client = connect().unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert!(ask(&mut BufReader::new(client), "show", json!({}))["return"].is_object());
+    drop(child.stdin.take());
+    assert!(child.wait().unwrap().success());
+}
+
 #[test]
 fn a_capture_has_a_regular_file_to_itself() {
     let switch = Switch::start();
