@@ -316,7 +316,8 @@ impl Msg {
 
 /// Text from the peer, with control characters and excess length taken out.
 fn sentence(s: String) -> String {
-    s.chars().filter(|c| !c.is_control()).take(MAX_SENTENCE).collect()
+    let one_line = |c: char| if c.is_whitespace() { ' ' } else { c };
+    s.chars().map(one_line).filter(|c| !c.is_control()).take(MAX_SENTENCE).collect()
 }
 
 fn lost(e: std::io::Error) -> Error {

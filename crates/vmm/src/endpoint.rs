@@ -151,7 +151,7 @@ impl MachineEndpoint {
         if let Some(v) = parts.virtio.iter().find(|v| v.name() == unit) {
             let info = v.describe();
             let sizes: Vec<_> = info.queues.iter().map(|q| q.size.to_string()).collect();
-            all.push(("features".into(), format!("{:#x}", info.offered)));
+            all.push((FEATURES.into(), format!("{:#x}", info.offered)));
             all.push(("queues".into(), sizes.len().to_string()));
             all.push(("MSI-X vectors".into(), info.vectors.to_string()));
         }
@@ -269,6 +269,24 @@ fn cpuid_differences(theirs: &[CpuidRow], ours: &[CpuidRow], told: bool) -> Vec<
     all
 }
 
+/// The property with the feature bits that a virtio device offers.
+const FEATURES: &str = "features";
+
+/// "0x1f" as a number.
+fn word(text: &str) -> Option<u64> {
+    u64::from_str_radix(text.strip_prefix("0x")?, 16).ok()
+}
+
+/// Which switches of the device only one side has on.
+fn feature_differences(device: &DeviceSpec, theirs: u64, ours: u64) -> Vec<String> {
+    let only = [("source", theirs & !ours), ("destination", ours & !theirs)];
+    let told = only.into_iter().filter(|(_, bits)| *bits != 0).map(|(side, bits)| {
+        let names = crate::features::names(&device.kind, bits);
+        format!("device {}, features: only the {side} has {names}", device.name)
+    });
+    told.collect()
+}
+
 fn device_differences(theirs: &[DeviceSpec], ours: &[DeviceSpec]) -> Vec<String> {
     let mut all = Vec::new();
     for their in theirs {
@@ -290,10 +308,15 @@ fn device_differences(theirs: &[DeviceSpec], ours: &[DeviceSpec]) -> Vec<String>
         for (name, value) in &their.properties {
             match our.properties.iter().find(|(n, _)| n == name) {
                 Some((_, here)) if here == value => {}
-                Some((_, here)) => all.push(format!(
-                    "device {}, {name}: the source has {value}, the destination {here}",
-                    their.name
-                )),
+                Some((_, here)) => match (name == FEATURES, word(value), word(here)) {
+                    (true, Some(a), Some(b)) if a != b => {
+                        all.extend(feature_differences(their, a, b));
+                    }
+                    _ => all.push(format!(
+                        "device {}, {name}: the source has {value}, the destination {here}",
+                        their.name
+                    )),
+                },
                 None => all.push(format!(
                     "device {}, {name}: the source has {value}, the destination does not know it",
                     their.name
@@ -389,18 +412,22 @@ mod tests {
         ours.vcpus = 4;
         ours.cpuid[0].4 = 7;
         ours.devices[0].properties[0].1 = "00:03.0".into();
+        ours.devices[0].properties.push((FEATURES.into(), "0x3".into()));
         ours.devices[1].name = "net7".into();
-        let all = differences(&preamble(), &ours);
+        let mut theirs = preamble();
+        theirs.devices[0].properties.push((FEATURES.into(), "0x1".into()));
+        let all = differences(&theirs, &ours);
         for part in [
             "number of vCPUs: the source has 2, the destination 4",
             "memory: the source has 256 MiB",
             "only the destination's CPU has +dtes64",
             "device net0, address: the source has 00:02.0, the destination 00:03.0",
+            "device net0, features: only the destination has guest_csum",
             "device net1 (virtio-net): only the source has it",
             "device net7 (virtio-net): only the destination has it",
         ] {
             assert!(all.iter().any(|s| s.contains(part)), "{part} in {all:?}");
         }
-        assert_eq!(all.len(), 6);
+        assert_eq!(all.len(), 7);
     }
 }

@@ -45,6 +45,31 @@ pub fn blk(blk: &spec::VirtioBlk) -> u64 {
     off(&blk.features, BLK)
 }
 
+/// The switches of a device of `kind` ("virtio-net", "virtio-blk") that the bits stand for, or what
+/// else they are known by: "discard,write-zeroes,bit 40".
+pub fn names(kind: &str, bits: u64) -> String {
+    let own: &[Switch] = match kind {
+        "virtio-net" => NET,
+        "virtio-blk" => BLK,
+        _ => &[],
+    };
+    let more: &[(&str, u32)] = match kind {
+        "virtio-net" => &[("mq", NET_MQ)],
+        "virtio-blk" => &[("read-only", 5), ("write-cache", 9), ("num-queues", 12)],
+        _ => &[],
+    };
+    let all = more.iter().chain(&[("iommu_platform", 33), ("packed", 34)]).copied();
+    // A switch's first bit is its own.
+    let switches = own.iter().chain(RING).map(|(name, bits)| (*name, bits[0]));
+    let known: Vec<_> = switches.chain(all).collect();
+    let name = |bit: u32| match known.iter().find(|(_, b)| *b == bit) {
+        Some((name, _)) => (*name).to_owned(),
+        None => format!("bit {bit}"),
+    };
+    let set = (0..64).filter(|bit| bits >> bit & 1 != 0);
+    set.map(name).collect::<Vec<_>>().join(",")
+}
+
 fn off(given: &BTreeMap<String, bool>, table: &[Switch]) -> u64 {
     let is_off = |name: &str| given.get(name) == Some(&false);
     let switches = table.iter().chain(RING).filter(|(name, _)| is_off(name));
@@ -56,6 +81,13 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+
+    #[test]
+    fn bits_have_names() {
+        assert_eq!(names("virtio-blk", 1 << 5 | 1 << 13 | 1 << 34), "read-only,discard,packed");
+        assert_eq!(names("virtio-net", 1 << 0 | 1 << 7 | 1 << 22), "csum,guest_tso4,mq");
+        assert_eq!(names("virtio-rng", 1 << 28 | 1 << 60), "indirect_desc,bit 60");
+    }
 
     #[test]
     fn every_switch_of_the_command_line_is_known_here() {
