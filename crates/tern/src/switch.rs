@@ -166,10 +166,10 @@ struct FdbArgs {
     #[arg(long)]
     port: Option<String>,
     /// Forget what was learned
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["json", "watch"])]
     flush: bool,
     /// Tie this address to --port for good
-    #[arg(long, value_name = "MAC", requires = "port", conflicts_with = "flush")]
+    #[arg(long, value_name = "MAC", requires = "port", conflicts_with_all = ["flush", "json", "watch"])]
     add: Option<String>,
     /// VLAN of --add
     #[arg(long, default_value_t = 0, requires = "add")]
@@ -196,11 +196,13 @@ struct MirrorArgs {
     #[arg(long, requires = "add")]
     output: Option<String>,
     /// Only frames that come in from them (rx), or leave to them (tx)
-    #[arg(long, value_parser = ["rx", "tx", "both"], default_value = "both")]
+    #[arg(long, value_parser = ["rx", "tx", "both"], default_value = "both", requires = "add")]
     direction: String,
     /// Remove the mirror of this name
     #[arg(long, value_name = "NAME", conflicts_with = "add")]
     del: Option<String>,
+    #[command(flatten)]
+    view: View,
     #[command(flatten)]
     to: To,
 }
@@ -214,11 +216,11 @@ struct CaptureArgs {
     port: String,
     /// The file to write; without, captures of the port end
     file: Option<PathBuf>,
-    /// Bytes of each frame that are kept
-    #[arg(long, default_value_t = 65_553)]
+    /// Bytes of each frame that are kept, 64 at least
+    #[arg(long, default_value_t = 65_553, requires = "file", value_parser = clap::value_parser!(u32).range(64..))]
     snaplen: u32,
     /// Only frames that come in from the port (rx), or leave to it (tx)
-    #[arg(long, value_parser = ["rx", "tx", "both"], default_value = "both")]
+    #[arg(long, value_parser = ["rx", "tx", "both"], default_value = "both", requires = "file")]
     direction: String,
     #[command(flatten)]
     to: To,
@@ -276,8 +278,7 @@ fn mirror(a: &MirrorArgs) -> Outcome {
     if let Some(name) = &a.del {
         return a.to.plain("del-mirror", json!({ "name": name }));
     }
-    crate::say::say!("{:#}", a.to.connect()?.ask("mirrors", &json!({}))?);
-    Ok(0)
+    a.to.show(&a.view, "mirrors", json!({}), switch_show::mirrors)
 }
 
 fn capture(a: &CaptureArgs) -> Outcome {

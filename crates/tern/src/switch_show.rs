@@ -113,6 +113,20 @@ pub fn fdb(v: &Value) -> String {
     table(&rows)
 }
 
+pub fn mirrors(v: &Value) -> String {
+    let mut rows = vec![heading(&["MIRROR", "FROM", "TO", "DIRECTION"])];
+    for m in list(v) {
+        let from: Vec<String> = list(&m["select"]).map(cell).collect();
+        let direction = match (m["rx"] == true, m["tx"] == true) {
+            (true, false) => "rx",
+            (false, true) => "tx",
+            _ => "both",
+        };
+        rows.push(vec![cell(&m["name"]), from.join(","), cell(&m["output"]), direction.into()]);
+    }
+    table(&rows)
+}
+
 fn stats_row(name: String, state: String, t: &Value) -> Vec<String> {
     let reasons: Vec<String> = t["drops"]
         .as_object()

@@ -122,9 +122,15 @@ impl Switch {
             if p.spec.name == spec.name {
                 return Err(Error::Config(format!("there is a port '{}' already", spec.name)));
             }
-            let same = |a: &Option<_>, b: &Option<_>| a.is_some() && a == b;
+            fn same<T: PartialEq>(a: &Option<T>, b: &Option<T>) -> bool {
+                a.is_some() && a == b
+            }
             if same(&p.spec.ifname, &spec.ifname) {
                 let text = format!("port '{}' has this interface already", p.spec.name);
+                return Err(Error::Port { port: spec.name, reason: text });
+            }
+            if same(&p.spec.path, &spec.path) {
+                let text = format!("port '{}' has this socket already", p.spec.name);
                 return Err(Error::Port { port: spec.name, reason: text });
             }
         }
@@ -209,6 +215,8 @@ impl Switch {
         for m in self.mirrors.values_mut() {
             m.select.retain(|n| n != name);
         }
+        // Nothing is left that it could copy.
+        self.mirrors.retain(|_, m| !m.select.is_empty());
         Ok(())
     }
 
@@ -219,7 +227,10 @@ impl Switch {
     pub fn set_port(&mut self, name: &str, changes: &[(String, String)]) -> Result<()> {
         let port = self.port_mut(name)?;
         let mut spec = port.spec.clone();
-        for (key, value) in changes {
+        for (i, (key, value)) in changes.iter().enumerate() {
+            if changes[..i].iter().any(|(before, _)| before == key) {
+                return Err(Error::Config(format!("port '{name}': {key}= is given twice")));
+            }
             spec.set(&format!("port '{name}'"), key, value)?;
         }
         spec.check()?;
