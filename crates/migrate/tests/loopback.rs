@@ -285,11 +285,17 @@ fn a_crowd_of_silent_connections_keeps_no_migration_out() {
 /// A greeting that comes byte by byte is one all the same, and what follows it is not lost.
 /// Somebody who knows how to greet, and says no more.
 fn greets_only(port: u16) -> std::net::TcpStream {
-    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
-    let hello = Hello::new([9; 16], Role::Control);
-    stream.write_all(&Msg::Hello(hello).encode().unwrap()).unwrap();
-    assert!(matches!(Msg::read(&mut stream).unwrap(), Some(Msg::HelloAck(_))));
-    stream
+    let mut greeted = None;
+    // Whoever was there before may not have been seen to leave yet.
+    eventually("a place", || {
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+        let hello = Hello::new([9; 16], Role::Control);
+        stream.write_all(&Msg::Hello(hello).encode().unwrap()).unwrap();
+        let answer = Msg::read(&mut stream).unwrap();
+        greeted = matches!(answer, Some(Msg::HelloAck(_))).then_some(stream);
+        greeted.is_some()
+    });
+    greeted.unwrap()
 }
 
 #[test]
@@ -303,7 +309,6 @@ fn who_only_greets_neither_ends_a_destination_nor_keeps_a_source_out() {
     // One that leaves, and one that says what is no message.
     drop(greets_only(port));
     greets_only(port).write_all(&[0xff; 64]).unwrap();
-    std::thread::sleep(Duration::from_millis(200));
     let stalls = greets_only(port);
     std::thread::sleep(Duration::from_millis(1_200));
     let out = source::start(here.clone(), incoming.uri(), unlimited(), Arc::new(NoEvents)).unwrap();

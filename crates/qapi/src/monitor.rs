@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 
 use chardev::{Chardev, Frontend};
 use parking_lot::{Condvar, Mutex};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use crate::command::Commands;
+use crate::command::{ClientFds, Commands, Error};
 use crate::event::{EventBus, EventSink};
 use crate::hmp::{HmpSession, Output};
 use crate::qmp::{QmpSession, Step};
@@ -458,8 +458,7 @@ fn qmp_steps(session: &mut QmpSession, link: &Link, commands: &dyn Commands) {
             Step::Send(bytes) => bytes,
             Step::Execute(request) => {
                 let result = if request.name == "human-monitor-command" {
-                    let line = request.arguments["command-line"].as_str().unwrap_or_default();
-                    Ok(Value::String(crate::hmp::execute(line, commands, session.fds())))
+                    hmp_command(&request.arguments, commands, session.fds())
                 } else {
                     commands.execute(&request.name, request.arguments, session.fds())
                 };
@@ -478,6 +477,23 @@ fn qmp_steps(session: &mut QmpSession, link: &Link, commands: &dyn Commands) {
             return;
         }
     }
+}
+
+/// `human-monitor-command`. A CPU that is named must be there, though no command here is of one CPU.
+fn hmp_command(
+    arguments: &Value,
+    commands: &dyn Commands,
+    fds: &ClientFds,
+) -> Result<Value, Error> {
+    if let Some(index) = arguments["cpu-index"].as_i64() {
+        let cpus = commands.execute("query-cpus-fast", Value::Object(Map::new()), fds)?;
+        let count = cpus.as_array().map_or(0, Vec::len);
+        if !usize::try_from(index).is_ok_and(|index| index < count) {
+            return Err(Error::generic("Parameter 'cpu-index' expects a CPU number"));
+        }
+    }
+    let line = arguments["command-line"].as_str().unwrap_or_default();
+    Ok(Value::String(crate::hmp::execute(line, commands, fds)))
 }
 
 fn hmp_item(session: &mut HmpSession, link: &Link, commands: &dyn Commands, work: Work) -> bool {

@@ -39,6 +39,7 @@ impl Commands for Machine {
                     return fd.map(|_| json!({})).ok_or_else(|| Error::generic("no such fd"));
                 }
             }
+            "query-cpus-fast" => return Ok(json!([{"cpu-index": 0}])),
             "query-name" => {
                 std::thread::sleep(SLOW);
                 self.slow.fetch_add(1, Ordering::SeqCst);
@@ -180,6 +181,12 @@ fn hmp_through_qmp_and_errors() {
     assert_eq!(c.line(), r#"{"return":"VM status: running\r\n"}"#);
     c.send(r#"{"execute":"human-monitor-command","arguments":{"command-line":"nope"}}"#);
     assert_eq!(c.line(), r#"{"return":"unknown command: 'nope'\r\n"}"#);
+    for (index, answer) in [(0, "running"), (1, "expects a CPU number"), (-1, "expects a CPU")] {
+        let arguments = json!({ "command-line": "info status", "cpu-index": index });
+        c.send(&json!({"execute": "human-monitor-command", "arguments": arguments}).to_string());
+        let line = c.line();
+        assert!(line.contains(answer), "{line}");
+    }
     c.send(r#"{"execute":"set_link","arguments":{"name":"n","up":false}}"#);
     assert!(c.line().contains(r#""class":"DeviceNotFound","desc":"Device 'n' not found""#));
 }

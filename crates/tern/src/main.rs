@@ -96,7 +96,9 @@ fn run_qemu(program: &str, options: &[OsString]) -> i32 {
         match option.to_str() {
             Some(word) => words.push(word.to_owned()),
             None => {
-                vmm::tell!("{program}: '{}': expected UTF-8", option.to_string_lossy());
+                let of = words.last().filter(|word: &&String| word.starts_with('-'));
+                let of = of.map_or(String::new(), |word| format!("{word} "));
+                vmm::tell!("{program}: {of}'{}': expected UTF-8", option.to_string_lossy());
                 return 1;
             }
         }

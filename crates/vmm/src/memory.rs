@@ -21,7 +21,8 @@ pub fn build(spec: &spec::Machine) -> Result<GuestMemory, String> {
     let size = spec.memory;
     if !(MIN_RAM..=layout::MAX_RAM).contains(&size) || !size.is_multiple_of(mem::PAGE_SIZE) {
         return Err(format!(
-            "{} of RAM (-m, or its -object memory-backend-*): expected {} to {} in whole 4 KiB pages",
+            "{} of RAM (-m, --memory of tern run, or an -object memory-backend-*): expected {} to {} in \
+             whole 4 KiB pages",
             bytes(size),
             bytes(MIN_RAM),
             bytes(layout::MAX_RAM)

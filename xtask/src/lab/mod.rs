@@ -25,7 +25,7 @@ use crate::{Result, paths, setup};
 /// `cargo xtask lab`'s arguments.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  cargo xtask lab -- ls -l /dev/kvm\n  cargo xtask lab       (a shell)"
+    after_help = "Examples:\n  cargo xtask lab -- ls -l /dev/kvm\n  cargo xtask lab       (a shell)\n\nA command's standard input is empty."
 )]
 pub struct LabArgs {
     /// Kill the command after that many seconds (exit status 124)

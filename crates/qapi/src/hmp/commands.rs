@@ -284,7 +284,7 @@ fn migrate(c: &Context, words: &[String]) -> Result<Outcome, Failure> {
     let mut uri = None;
     for word in words {
         match word.as_str() {
-            "-d" => detach = true,
+            "-d" if !detach => detach = true,
             "-b" | "-i" => {
                 return Err(
                     Error::generic("disks cannot be copied with -b and -i; share them").into()
