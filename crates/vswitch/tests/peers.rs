@@ -269,7 +269,7 @@ fn a_port_that_cannot_connect_says_why() {
     std::fs::write(switch.path("file"), "").unwrap();
     // More of them than try at a time.
     for n in 0..300 {
-        let path = switch.path(if n == 0 { "file" } else { "later" });
+        let path = switch.path(&if n == 0 { "file".into() } else { format!("later{n}") });
         let port = format!("c{n},type=vhost-user,mode=client,path={}", path.display());
         assert_eq!(switch.ask("add-port", json!({ "port": port }))["error"], Value::Null);
     }
@@ -285,7 +285,8 @@ fn a_port_that_cannot_connect_says_why() {
         let why = port["refused"].as_str().unwrap_or_default();
         why.contains(if port["name"] == "c0" { "refused" } else { "No such file" })
     });
-    let _listener = std::os::unix::net::UnixListener::bind(switch.path("later")).unwrap();
+    let bind = |n| std::os::unix::net::UnixListener::bind(switch.path(&format!("later{n}")));
+    let _listeners: Vec<_> = (1..300).map(|n| bind(n).unwrap()).collect();
     let is_connected = |port: &Value| port["name"] == "c0" || port["state"] == "connected";
     until("connected", &is_connected);
 }
