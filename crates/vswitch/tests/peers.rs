@@ -1,6 +1,8 @@
 //! What peers and clients of a running switch can do to it, and what they cannot.
 
 mod common;
+#[path = "common/netns.rs"]
+mod netns;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -386,17 +388,11 @@ fn a_capture_has_a_regular_file_to_itself() {
     for other in ["link", "hard"] {
         assert!(capture("b", switch.path(other)).contains("written already"));
     }
-    sh(&format!("mkfifo {}", switch.path("pipe").display()));
+    netns::sh(&format!("mkfifo {}", switch.path("pipe").display()));
     for no_file in [switch.path("pipe"), "/dev/full".into(), "/dev/ptmx".into()] {
         assert!(capture("b", no_file).contains("no regular file"));
     }
     let ended = switch.ask("end-capture", json!({ "name": "a" }));
     assert_eq!(ended["return"], json!({ "frames": 0, "left-out": 0, "failed": null }));
     assert_eq!(capture("b", switch.path("f.pcap")), "");
-}
-
-fn sh(line: &str) {
-    let mut words = line.split_whitespace();
-    let status = std::process::Command::new(words.next().unwrap()).args(words).status().unwrap();
-    assert!(status.success(), "{line}");
 }
