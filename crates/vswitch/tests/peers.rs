@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -37,9 +38,11 @@ struct Switch {
 impl Switch {
     fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        // Tests run beside each other: each process has an address of its own.
+        // Tests run beside each other: each switch has an address of its own.
+        static SWITCHES: AtomicU8 = AtomicU8::new(1);
+        let nth = SWITCHES.fetch_add(1, Ordering::Relaxed);
         let [.., high, low] = std::process::id().to_be_bytes();
-        let metrics = format!("127.{}.{low}.1:9979", high.max(1));
+        let metrics = format!("127.{}.{low}.{nth}:9979", high.max(1));
         let mut config = Config { metrics: Some(metrics.clone()), ..Config::default() };
         for name in ["a", "b", "x"] {
             let path = dir.path().join(name);
