@@ -19,21 +19,82 @@ pub const MAX_SEGMENTS: usize = 1024;
 
 /// A reusable holder of one chain. Made once with [`Chain::new`], filled by
 /// [`Ring::pop`](super::Ring::pop) again and again.
-#[derive(Default)]
+///
+/// One line of a CPU's cache: a switch keeps dozens of them for each ring, and nearly all chains
+/// have one buffer.
+#[repr(align(64))]
 pub struct Chain {
     mem: Option<GuestMemory>,
-    iov: Vec<libc::iovec>,
-    gpa: Vec<u64>,
-    /// How many of `iov` are readable.
-    readable: usize,
+    /// The only buffer, of length 0 if there is none; without a meaning if `shape` says several.
+    one: libc::iovec,
+    /// Guest address of `one`.
+    gpa: u64,
+    /// All buffers of a chain with several; kept for the next such chain.
+    several: Option<Box<Several>>,
     readable_len: u32,
     writable_len: u32,
-    /// Every buffer counts as readable, whatever the driver says of it.
-    all_readable: bool,
     /// Bytes of the writable part, from its start, that may have been written other than by the
     /// length given to `push`.
     touched: Cell<u32>,
+    shape: Shape,
     pub(super) token: Token,
+}
+
+const _: () = assert!(size_of::<Chain>() == 64);
+
+/// Buffers and their guest addresses.
+#[derive(Default)]
+struct Several {
+    iov: Vec<libc::iovec>,
+    gpa: Vec<u64>,
+}
+
+/// How many buffers of a chain are readable, and what is said in [`Shape::SEVERAL`] and
+/// [`Shape::ALL_READABLE`].
+#[derive(Debug, Default, Clone, Copy)]
+struct Shape(u16);
+
+impl Shape {
+    /// The buffers are in `several`.
+    const SEVERAL: u16 = 1 << 15;
+    /// Every buffer counts as readable, whatever the driver says of it.
+    const ALL_READABLE: u16 = 1 << 14;
+    /// The bits of the number.
+    const READABLE: u16 = Self::ALL_READABLE - 1;
+
+    #[inline]
+    fn has(self, flag: u16) -> bool {
+        self.0 & flag != 0
+    }
+
+    #[inline]
+    fn readable(self) -> usize {
+        usize::from(self.0 & Self::READABLE)
+    }
+
+    /// `n` is [`MAX_SEGMENTS`] at most.
+    #[inline]
+    fn set_readable(&mut self, n: usize) {
+        self.0 = self.0 & !Self::READABLE | n as u16;
+    }
+}
+
+const _: () = assert!(MAX_SEGMENTS <= Shape::READABLE as usize);
+
+impl Default for Chain {
+    fn default() -> Self {
+        Self {
+            mem: None,
+            one: libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 },
+            gpa: 0,
+            several: None,
+            readable_len: 0,
+            writable_len: 0,
+            touched: Cell::new(0),
+            shape: Shape::default(),
+            token: Token::default(),
+        }
+    }
 }
 
 /// Which place in the ring a chain has.
@@ -72,7 +133,7 @@ impl Chain {
     /// readable. DPDK's driver (22.11) marks the header of a packed indirect chain that it sends as
     /// writable, and other devices do not look.
     pub fn all_readable() -> Self {
-        Self { all_readable: true, ..Self::default() }
+        Self { shape: Shape(Shape::ALL_READABLE), ..Self::default() }
     }
 
     /// Head index (split) or buffer id (packed), for logs and in-flight tables.
@@ -83,7 +144,7 @@ impl Chain {
     /// Guest address of its first buffer.
     #[cfg(test)]
     pub(super) fn gpa(&self) -> u64 {
-        self.gpa[0]
+        self.addresses()[0]
     }
 
     /// Bytes that the device may read.
@@ -102,13 +163,31 @@ impl Chain {
     /// dropped. Never to be made into Rust slices: the guest writes there.
     #[inline]
     pub fn readable(&self) -> &[libc::iovec] {
-        &self.iov[..self.readable]
+        &self.buffers()[..self.shape.readable()]
     }
 
     /// The writable part, as [`readable`](Self::readable).
     #[inline]
     pub fn writable(&self) -> &[libc::iovec] {
-        &self.iov[self.readable..]
+        &self.buffers()[self.shape.readable()..]
+    }
+
+    #[inline]
+    fn buffers(&self) -> &[libc::iovec] {
+        match &self.several {
+            Some(all) if self.shape.has(Shape::SEVERAL) => &all.iov,
+            _ if self.one.iov_len > 0 => std::slice::from_ref(&self.one),
+            _ => &[],
+        }
+    }
+
+    /// Guest addresses of [`buffers`](Self::buffers).
+    fn addresses(&self) -> &[u64] {
+        match &self.several {
+            Some(all) if self.shape.has(Shape::SEVERAL) => &all.gpa,
+            _ if self.one.iov_len > 0 => std::slice::from_ref(&self.gpa),
+            _ => &[],
+        }
     }
 
     /// Appends the iovecs of up to `len` bytes at byte `offset` of the readable part to `out`;
@@ -187,7 +266,7 @@ impl Chain {
     pub(super) fn record_dirty(&self, written: u32) {
         let Some(mem) = self.mem.as_ref().filter(|m| m.is_recording()) else { return };
         let mut left = u64::from(written.max(self.touched.get()));
-        for (iov, gpa) in self.writable().iter().zip(&self.gpa[self.readable..]) {
+        for (iov, gpa) in self.writable().iter().zip(&self.addresses()[self.shape.readable()..]) {
             let n = left.min(iov.iov_len as u64);
             mem.mark_dirty(*gpa, n);
             left -= n;
@@ -203,9 +282,9 @@ impl Chain {
         if !self.mem.as_ref().is_some_and(|m| m.is_same(mem)) {
             self.mem = Some(mem.clone());
         }
-        self.iov.clear();
-        self.gpa.clear();
-        (self.readable, self.readable_len, self.writable_len) = (0, 0, 0);
+        self.one.iov_len = 0;
+        self.shape.0 &= Shape::ALL_READABLE;
+        (self.readable_len, self.writable_len) = (0, 0);
         self.touched.set(0);
     }
 
@@ -220,12 +299,12 @@ impl Chain {
     ) -> Result<(), RingError> {
         match mem.slice(addr, len as usize) {
             Ok(slice) if len > 0 => {
-                self.iov.push(slice.iovec());
-                self.gpa.push(addr);
-                if writable && !self.all_readable {
+                (self.one, self.gpa) = (slice.iovec(), addr);
+                if writable && !self.shape.has(Shape::ALL_READABLE) {
                     self.writable_len = len;
                 } else {
-                    (self.readable, self.readable_len) = (1, len);
+                    self.readable_len = len;
+                    self.shape.set_readable(1);
                 }
                 Ok(())
             }
@@ -242,8 +321,8 @@ impl Chain {
         len: u32,
         writable: bool,
     ) -> Result<(), RingError> {
-        let writable = writable && !self.all_readable;
-        if !writable && self.iov.len() > self.readable {
+        let writable = writable && !self.shape.has(Shape::ALL_READABLE);
+        if !writable && self.buffers().len() > self.shape.readable() {
             return Err(RingError::Order);
         }
         let total =
@@ -251,36 +330,44 @@ impl Chain {
         if total.is_none() {
             return Err(RingError::TotalLength);
         }
-        let Self { iov, gpa, .. } = self;
         let mut done = 0;
-        // Nearly always a buffer lies in one region.
-        if len > 0
-            && iov.len() < MAX_SEGMENTS
-            && let Ok(slice) = mem.slice(addr, len as usize)
-        {
-            iov.push(slice.iovec());
-            gpa.push(addr);
-            done = len;
-        }
         while done < len {
-            if iov.len() >= MAX_SEGMENTS {
+            if self.buffers().len() >= MAX_SEGMENTS {
                 return Err(RingError::TooManySegments);
             }
             let at = addr.checked_add(u64::from(done)).ok_or(RingError::Buffer { addr, len })?;
             let want = (len - done) as usize;
             // A buffer may cross from one RAM region into one right behind it.
             let slice = mem.slice_up_to(at, want).map_err(|_| RingError::Buffer { addr, len })?;
-            iov.push(slice.iovec());
-            gpa.push(at);
+            self.append(slice.iovec(), at);
             done += slice.len() as u32;
         }
         if writable {
             self.writable_len += len;
         } else {
             self.readable_len += len;
-            self.readable = self.iov.len();
+            self.shape.set_readable(self.buffers().len());
         }
         Ok(())
+    }
+
+    /// One buffer more, behind the others.
+    #[inline]
+    fn append(&mut self, buffer: libc::iovec, gpa: u64) {
+        if self.buffers().is_empty() {
+            (self.one, self.gpa) = (buffer, gpa);
+            return;
+        }
+        let all = self.several.get_or_insert_default();
+        if !self.shape.has(Shape::SEVERAL) {
+            self.shape.0 |= Shape::SEVERAL;
+            all.iov.clear();
+            all.gpa.clear();
+            all.iov.push(self.one);
+            all.gpa.push(self.gpa);
+        }
+        all.iov.push(buffer);
+        all.gpa.push(gpa);
     }
 
     /// Adds a descriptor of a packed ring, direct or not, as an in-flight table has kept it.
