@@ -108,7 +108,16 @@ impl Queue {
         }
     }
 
-    /// Takes a burst. [`done`](Self::done) has to follow.
+    /// Looks for a burst, so that its bytes are on their way while another queue is worked on.
+    /// [`receive`](Self::receive) has to follow.
+    #[inline]
+    pub fn fetch(&mut self) {
+        if let Io::Vhost { rx: Some(rx), .. } = &mut self.io {
+            rx.fetch();
+        }
+    }
+
+    /// Takes the burst that was fetched. [`done`](Self::done) has to follow.
     ///
     /// # Errors
     /// The driver broke its ring's rules; what came before that is in `burst`.

@@ -83,6 +83,8 @@ pub struct RxRing {
     chains: Vec<Chain>,
     /// How many of `chains` are taken.
     taken: usize,
+    /// How the driver broke the ring's rules behind them.
+    broken: Option<RingError>,
 }
 
 impl RxRing {
@@ -98,6 +100,7 @@ impl RxRing {
             call: setup.call,
             chains: (0..BURST).map(|_| Chain::all_readable()).collect(),
             taken: 0,
+            broken: None,
         })
     }
 
@@ -106,14 +109,13 @@ impl RxRing {
         &self.kick
     }
 
-    /// Takes up to [`BURST`] frames. Their buffers stay taken until [`done`](Self::done).
-    ///
-    /// # Errors
-    /// The driver broke the ring's rules. Frames taken before that are in `burst`.
+    /// Takes the buffers of up to [`BURST`] frames, and asks for the frames' first bytes: they are on
+    /// their way while the caller does something else. [`receive`](Self::receive) and
+    /// [`done`](Self::done) have to follow.
     #[inline]
-    pub fn receive(&mut self, burst: &mut Burst, c: &QueueCounters) -> Result<(), RingError> {
-        let (taken, error) = self.ring.pop_burst(&mut self.chains);
-        self.taken = taken;
+    pub fn fetch(&mut self) {
+        let (taken, result) = self.ring.pop_burst(&mut self.chains);
+        (self.taken, self.broken) = (taken, result.err());
         for chain in &self.chains[..taken] {
             if let Some(v) = chain.readable().first() {
                 // Header and headers: two lines, as drivers put them.
@@ -122,13 +124,21 @@ impl RxRing {
                 copy::prefetch(p.wrapping_add(64));
             }
         }
+    }
+
+    /// The frames whose buffers were fetched. They stay taken until [`done`](Self::done).
+    ///
+    /// # Errors
+    /// The driver broke the ring's rules. Frames taken before that are in `burst`.
+    #[inline]
+    pub fn receive(&mut self, burst: &mut Burst, c: &QueueCounters) -> Result<(), RingError> {
         for chain in &self.chains[..self.taken] {
             if let Err(reason) = take_frame(chain, self.header_len, burst) {
                 c.dropped(reason, 1);
                 c.rx_frames.add(1);
             }
         }
-        error
+        self.broken.take().map_or(Ok(()), Err)
     }
 
     /// Gives the buffers of the frames of the last [`receive`](Self::receive) back to the driver.

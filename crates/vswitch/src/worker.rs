@@ -1,7 +1,8 @@
 //! A poll thread: it owns queues, takes bursts from them and sends them on.
 //!
 //! ```text
-//!   round: messages -> for every queue: receive, classify, send, give back -> frames of other threads
+//!   round: messages -> for every queue: fetch (of the next one already), receive, classify, send,
+//!          give back -> frames of other threads
 //!   nothing for a while: ask for kicks, look once more, sleep until a kick, a frame or a message
 //! ```
 //! Invariants: only this thread touches its queues. Nothing between `receive` and `done` locks or
@@ -140,13 +141,24 @@ impl Worker {
             self.version = version;
             self.table = self.shared.table.load_full();
         }
+        // Each queue's frames are on their way while those of the one before are worked on.
+        self.fetch(0);
         for i in 0..self.polled.len() {
+            self.fetch(i + 1);
             work += self.poll(i);
         }
         for other in 0..mailbox.incoming.len() {
             work += self.forward.receive_from(other, &mut self.burst, &self.table, &self.shared);
         }
         work
+    }
+
+    fn fetch(&mut self, i: usize) {
+        if let Some(p) = self.polled.get(i)
+            && let Some(q) = &mut self.forward.queues[p.place]
+        {
+            q.fetch();
+        }
     }
 
     fn poll(&mut self, i: usize) -> usize {
