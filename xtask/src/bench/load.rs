@@ -1,6 +1,6 @@
 //! Fair conditions: waiting until the machine is quiet, memory that the host really has, and the
 //! processor time of processes.
-#![allow(unsafe_code)] // mmap
+#![allow(unsafe_code)] // mmap, kill
 
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -86,6 +86,13 @@ impl Process {
     /// Processor seconds so far.
     pub fn used(&self) -> f64 {
         used_by(self.0.id())
+    }
+
+    /// Lets it stand still, with all its threads, or go on.
+    pub fn stand_still(&self, still: bool) {
+        let signal = if still { libc::SIGSTOP } else { libc::SIGCONT };
+        // SAFETY: two numbers; the process is our child, which nobody has waited for.
+        unsafe { libc::kill(self.0.id() as libc::pid_t, signal) };
     }
 }
 

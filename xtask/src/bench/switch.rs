@@ -6,6 +6,7 @@
 mod contestant;
 mod guests;
 mod own;
+mod placement;
 mod rates;
 mod stage;
 mod testpmd;

@@ -100,6 +100,11 @@ impl Running {
         }
     }
 
+    /// Lets it stand still or go on.
+    pub fn stand_still(&self, still: bool) {
+        self.process.stand_still(still);
+    }
+
     /// Processor seconds that the switch has used.
     pub fn used(&self) -> f64 {
         self.process.used()

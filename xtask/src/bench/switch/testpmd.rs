@@ -96,6 +96,11 @@ impl Testpmd {
         Ok(this)
     }
 
+    /// Lets it stand still or go on.
+    pub fn stand_still(&self, still: bool) {
+        self.process.stand_still(still);
+    }
+
     /// Processor seconds so far.
     pub fn used(&self) -> f64 {
         self.process.used()
