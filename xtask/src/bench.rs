@@ -8,6 +8,7 @@ pub mod guests;
 pub mod load;
 pub mod migrate;
 pub mod picture;
+pub mod placement;
 pub mod qmp;
 pub mod switch;
 

@@ -6,7 +6,6 @@
 mod contestant;
 mod guests;
 mod own;
-mod placement;
 mod rates;
 mod stage;
 mod testpmd;

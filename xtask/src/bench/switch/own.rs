@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 
 use super::contestant::{Contestant, Running, Wanted};
 use super::stage::Stage;
-use super::{Setting, list, placement, turns};
+use super::{Setting, list, turns};
 use crate::Result;
 use crate::bench::guests::verdict;
 use crate::bench::load::{self, Process};
-use crate::bench::median;
+use crate::bench::{median, placement};
 
 /// Frames a second at which latency is measured: about a tenth of what one core forwards.
 const TENTH: u32 = 600_000;

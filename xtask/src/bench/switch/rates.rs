@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 use super::contestant::{Contestant, Running, Wanted};
 use super::stage::Stage;
 use super::testpmd::{Frames, Testpmd};
-use super::{Setting, list, placement, turns};
+use super::{Setting, list, turns};
 use crate::Result;
-use crate::bench::{load, median};
+use crate::bench::{load, median, placement};
 
 /// Until addresses are learned, flows are in place, and all is warm.
 const WARM_UP: Duration = Duration::from_millis(1500);

@@ -67,6 +67,16 @@ pub fn wait_near(a: usize, b: usize, limit: Duration) -> Result<Duration> {
     }
 }
 
+/// How far apart the CPUs of a machine with just two are, after a wait of at most `limit` for them to
+/// be near each other; nothing of other machines, where nobody knows which CPUs a program will use.
+///
+/// # Errors
+/// As [`round_trip`].
+pub fn of_two(limit: Duration) -> Result<Option<Duration>> {
+    let two = std::thread::available_parallelism().is_ok_and(|n| n.get() == 2);
+    two.then(|| wait_near(0, 1, limit)).transpose()
+}
+
 /// Keeps this thread on one CPU.
 fn pin(cpu: usize) -> Result<()> {
     // SAFETY: all zeroes is an empty set.
