@@ -124,7 +124,7 @@ fn list<'a>(items: impl IntoIterator<Item = &'a OsStr>) -> Vec<u8> {
 fn job(image: &image::Image, argv: &[OsString], opts: &Options, shell: bool) -> Result<Vec<u8>> {
     let cwd = std::env::current_dir().map_err(|e| format!("no working directory: {e}"))?;
     // Cargo's own directories of libraries are no concern of the command: it would look for every
-    // library in each of them first, which takes a QEMU on the lab host a quarter of a second.
+    // library in each of them first, and every miss is a round trip to the outer host.
     let mut env: Vec<OsString> = std::env::vars_os()
         .filter(|(name, _)| name != "LD_LIBRARY_PATH")
         .map(|(name, value)| [name.as_bytes(), b"=", value.as_bytes()].concat())
