@@ -197,6 +197,8 @@ impl VirtioPci {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QueueInfo {
     pub size: u16,
+    /// The size that the device offers; the driver may make it smaller.
+    pub offered: u16,
     pub enabled: bool,
     pub started: bool,
     pub desc: u64,

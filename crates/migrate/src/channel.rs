@@ -447,11 +447,12 @@ impl Listener {
     }
 }
 
-/// Takes the socket file away. Not done when a migration ends badly after memory moved: a file that
-/// refuses connections tells the source that this process is gone, a missing one tells nothing.
-pub fn remove_file(uri: &Uri) {
-    if let Uri::Unix { path } = uri {
-        let _ = std::fs::remove_file(path);
+/// Where the socket file of `uri` is, if it has one, also for a process that goes to another
+/// directory.
+pub fn socket_file(uri: &Uri) -> Option<PathBuf> {
+    match uri {
+        Uri::Unix { path } => Some(std::path::absolute(path).unwrap_or_else(|_| path.clone())),
+        Uri::Tcp { .. } => None,
     }
 }
 

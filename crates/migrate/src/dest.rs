@@ -6,13 +6,14 @@
 //! `mig-control` and `mig-ram.N` read.
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::channel::{Channel, Listener};
+use crate::channel::{Channel, Listener, socket_file};
 use crate::control::{self, Outcome, spawn};
 use crate::greeter::Greeter;
 use crate::receiver::{Receiver, Sync};
@@ -57,17 +58,19 @@ struct Inner {
     status: Mutex<Status>,
     held: AtomicBool,
     closed: AtomicBool,
-    /// The socket file, if there is one, was taken away.
-    removed: AtomicBool,
+    /// The socket file, if there is one and it was not taken away yet.
+    file: Mutex<Option<PathBuf>>,
     queue: Mutex<mpsc::Sender<Event>>,
     outcome: Outcome,
 }
 
 impl Inner {
-    /// Takes the socket file away, once.
+    /// Takes the socket file away, once. Not done when a migration ends badly after memory moved: a
+    /// file that refuses connections tells the source that this process is gone, a missing one
+    /// tells nothing.
     fn remove_file(&self) {
-        if !self.removed.swap(true, Ordering::AcqRel) {
-            crate::channel::remove_file(&self.uri);
+        if let Some(path) = self.file.lock().take() {
+            let _ = std::fs::remove_file(path);
         }
     }
 
@@ -128,6 +131,13 @@ impl Incoming {
         held && self.0.queue.lock().send(Event::ForceRelease).is_ok()
     }
 
+    /// The process ends. If no source came, nobody is told anything by the socket file.
+    pub fn forget(&self) {
+        if self.status() == Status::Setup {
+            self.0.remove_file();
+        }
+    }
+
     /// Whether the guest runs here with its output held, waiting for the source's release.
     pub fn is_held(&self) -> bool {
         self.0.held.load(Ordering::Acquire)
@@ -154,6 +164,7 @@ pub fn listen(
     events: Arc<dyn Events>,
 ) -> Result<Incoming> {
     let (listener, uri) = Listener::bind(uri)?;
+    let file = socket_file(&uri);
     let (tx, rx) = mpsc::channel();
     let stats = Stats::new(endpoint.memory().size());
     let inner = Arc::new(Inner {
@@ -166,7 +177,7 @@ pub fn listen(
         status: Mutex::new(Status::None),
         held: AtomicBool::new(false),
         closed: AtomicBool::new(false),
-        removed: AtomicBool::new(false),
+        file: Mutex::new(file),
         queue: Mutex::new(tx.clone()),
         outcome: Outcome::default(),
     });

@@ -33,6 +33,9 @@ pub struct Preamble {
     /// How the vCPUs are arranged ("sockets=1,dies=1,cores=2,threads=1"), as the guest sees it.
     #[n(6)]
     pub topology: Option<String>,
+    /// NUMA nodes with their vCPUs and memory, as the guest's tables say; "none" without.
+    #[n(7)]
+    pub numa: Option<String>,
 }
 
 /// A device as the other end must have it too.

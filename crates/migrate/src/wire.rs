@@ -388,6 +388,7 @@ mod tests {
             ram: vec![(0, 1 << 20)],
             devices: vec![],
             topology: None,
+            numa: None,
         };
         let section =
             Section { name: "rtc".into(), kind: "rtc".into(), version: 1, payload: vec![1, 2] };

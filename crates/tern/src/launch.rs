@@ -30,7 +30,7 @@ fn try_launch(mut machine: spec::Machine) -> Result<i32, String> {
             Daemon::Child(pipe) => parent = Some(pipe),
         }
     }
-    start_log(&process)?;
+    let log = start_log(&process)?;
     let _locked = process.pidfile.as_deref().map(write_pidfile).transpose()?;
     // Without its directory the VM runs all the same; only the friendly commands do not find it.
     let _directory = runtime_dir::publish(&mut machine)
@@ -39,14 +39,15 @@ fn try_launch(mut machine: spec::Machine) -> Result<i32, String> {
     vmm::prepare_process();
     let ready = move || {
         if let Some(pipe) = parent {
-            detach(pipe);
+            detach(pipe, log.as_ref());
         }
     };
     Ok(vmm::run(machine, ready))
 }
 
-/// `-D FILE`, `-d ITEMS`: where the log goes and what is in it; TERN_LOG overrides what.
-fn start_log(process: &spec::Process) -> Result<(), String> {
+/// `-D FILE`, `-d ITEMS`: where the log goes and what is in it; TERN_LOG overrides what. Returns
+/// the file.
+fn start_log(process: &spec::Process) -> Result<Option<File>, String> {
     let default = if process.log_items.is_empty() { "warn" } else { "debug" };
     let filter = tracing_subscriber::EnvFilter::try_from_env("TERN_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
@@ -55,15 +56,15 @@ fn start_log(process: &spec::Process) -> Result<(), String> {
         .with_ansi(false)
         // A log that cannot be written is no reason to stop: telling of it would panic.
         .log_internal_errors(false);
-    let result = match &process.logfile {
-        Some(path) => {
-            let file = File::options().create(true).append(true).open(path);
-            let file = file.map_err(|e| format!("-D {}: {e}", path.display()))?;
-            builder.with_writer(std::sync::Mutex::new(file)).try_init()
-        }
-        None => builder.with_writer(std::io::stderr).try_init(),
+    let Some(path) = &process.logfile else {
+        builder.with_writer(std::io::stderr).try_init().map_err(|e| format!("log: {e}"))?;
+        return Ok(None);
     };
-    result.map_err(|e| format!("log: {e}"))
+    let wrong = |e: std::io::Error| format!("-D {}: {e}", path.display());
+    let file = File::options().create(true).append(true).open(path).map_err(wrong)?;
+    let writer = std::sync::Mutex::new(file.try_clone().map_err(wrong)?);
+    builder.with_writer(writer).try_init().map_err(|e| format!("log: {e}"))?;
+    Ok(Some(file))
 }
 
 /// Where the pid file is that [`write_pidfile`] wrote.
@@ -148,13 +149,14 @@ fn daemonize() -> Result<Daemon, String> {
     }
 }
 
-/// The child is ready: nothing of the caller's terminal is kept, and the parent may go.
+/// The child is ready: nothing of the caller's terminal is kept, and the parent may go. What is
+/// said on standard error from now on, as why a migration was refused, is in the `log`.
 #[allow(unsafe_code)]
-fn detach(pipe: OwnedFd) {
+fn detach(pipe: OwnedFd, log: Option<&File>) {
     if let Ok(null) = File::options().read(true).write(true).open("/dev/null") {
-        for fd in 0..3 {
+        for (fd, file) in [(0, &null), (1, &null), (2, log.unwrap_or(&null))] {
             // SAFETY: replaces our own standard fds by one that is open.
-            unsafe { libc::dup2(null.as_raw_fd(), fd) };
+            unsafe { libc::dup2(file.as_raw_fd(), fd) };
         }
     }
     let _ = std::env::set_current_dir("/");

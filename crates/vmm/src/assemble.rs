@@ -152,8 +152,7 @@ impl Builder<'_> {
     fn devices(&mut self) -> Result<(), String> {
         disks::check_idle(self.spec)?;
         for (index, device) in self.spec.devices.iter().enumerate() {
-            let name =
-                device.id.clone().unwrap_or_else(|| format!("{}.{index}", driver(&device.kind)));
+            let name = device_name(index, device);
             self.device(device, &name).map_err(|e| match device.written.as_str() {
                 "" => format!("{} {name}: {e}", driver(&device.kind)),
                 written => format!("{written}: {e}"),
@@ -240,6 +239,11 @@ impl Builder<'_> {
         let start = layout::mmio64(self.spec.memory);
         self.pci.assign(Windows::standard(start, layout::PCI_MMIO64_SIZE)).map_err(text)
     }
+}
+
+/// What the device is called that stands at `index` of the description: its section's name too.
+pub fn device_name(index: usize, device: &spec::Device) -> String {
+    device.id.clone().unwrap_or_else(|| format!("{}.{index}", driver(&device.kind)))
 }
 
 fn driver(kind: &DeviceKind) -> &'static str {

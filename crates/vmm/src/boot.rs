@@ -3,8 +3,6 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
 
 use hv::BootEntry;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
@@ -16,6 +14,7 @@ use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use mem::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::boot_file::BootFile;
 use crate::{elf, layout};
 
 const E820_RAM: u32 = 1;
@@ -27,14 +26,11 @@ const ENTRY_64: u64 = 0x200;
 /// `xloadflags` bit 0: the kernel has the 64-bit entry point.
 const XLF_KERNEL_64: u16 = 1;
 
-/// What stands before a file's name in errors: its option, as one writes it.
-const KERNEL: &str = "-kernel ";
-const INITRD: &str = "-initrd ";
-const LOADER: &str = "-device loader,file=";
-
 /// What can be wrong with what is to be booted.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    #[error("there is nothing to boot: give -kernel FILE (firmware is not built in yet)")]
+    Nothing,
     #[error("{what}{path}: cannot open it: {source}")]
     Open { what: &'static str, path: String, source: std::io::Error },
     #[error(
@@ -57,12 +53,66 @@ pub enum Error {
     NotRam { path: String, addr: u64, size: u64 },
 }
 
-/// Puts a file's bytes into `mem`.
-pub fn load_file(mem: &GuestMemory, load: &spec::Load) -> Result<(), Error> {
-    let path = load.file.display().to_string();
-    let mut file = open(LOADER, &load.file)?;
-    let named = |source| Error::Open { what: LOADER, path: path.clone(), source };
-    let size = file.metadata().map_err(named)?.len();
+/// What a machine boots from, open as long as the machine is there.
+pub struct Files {
+    kernel: BootFile,
+    initrd: Option<BootFile>,
+    append: String,
+    loads: Vec<Load>,
+}
+
+/// Bytes that are put into RAM as they are, at `addr`.
+struct Load {
+    file: BootFile,
+    addr: u64,
+    raw: bool,
+}
+
+impl Files {
+    /// Opens what `spec` names.
+    ///
+    /// # Errors
+    /// [`Error::Open`]; [`Error::Nothing`] without a kernel.
+    pub fn open(spec: &spec::Machine) -> Result<Self, Error> {
+        let boot = &spec.boot;
+        let kernel = boot.kernel.as_deref().ok_or(Error::Nothing)?;
+        let kernel = BootFile::open("-kernel ", kernel)?;
+        let initrd = boot.initrd.as_deref().map(|path| BootFile::open("-initrd ", path));
+        let load = |load: &spec::Load| {
+            let file = BootFile::open("-device loader,file=", &load.file)?;
+            Ok(Load { file, addr: load.addr, raw: load.raw })
+        };
+        let loads = spec.loads.iter().map(load).collect::<Result<_, Error>>()?;
+        Ok(Self { kernel, initrd: initrd.transpose()?, append: boot.append.clone(), loads })
+    }
+
+    /// Loads kernel, initrd and command line into `mem` and says where vCPU 0 starts. `rsdp` is the
+    /// guest address of the ACPI root pointer.
+    pub fn load(&self, mem: &GuestMemory, rsdp: u64) -> Result<BootEntry, Error> {
+        let mut file = self.kernel.reader()?;
+        let cmdline = command_line(mem, &self.append)?;
+        gdt(mem)?;
+        if is_bzimage(&mut file) {
+            bzimage(mem, self, file, cmdline, rsdp)
+        } else if elf::is_elf(&mut file) {
+            pvh(mem, self, file, rsdp)
+        } else {
+            let reason = "it is neither a bzImage nor an ELF file".into();
+            Err(Error::NoKernel { path: self.kernel.path(), reason })
+        }
+    }
+
+    /// Puts the bytes of the other files into `mem`, in the order in which they were given.
+    pub fn load_bytes(&self, mem: &GuestMemory) -> Result<(), Error> {
+        self.loads.iter().try_for_each(|load| load_bytes(mem, load))
+    }
+}
+
+fn load_bytes(mem: &GuestMemory, load: &Load) -> Result<(), Error> {
+    let path = load.file.path();
+    let mut file = load.file.reader()?;
+    let named = |source| load.file.error(source);
+    let size = load.file.size()?;
     if !load.raw
         && let Some(format) = format(&mut file).map_err(named)?
     {
@@ -97,44 +147,6 @@ fn format(file: &mut File) -> std::io::Result<Option<&'static str>> {
         }
         _ => None,
     })
-}
-
-/// Loads kernel, initrd and command line into `mem` and says where vCPU 0 starts. `rsdp` is the
-/// guest address of the ACPI root pointer.
-pub fn load(
-    mem: &GuestMemory,
-    boot: &spec::Boot,
-    kernel: &Path,
-    rsdp: u64,
-) -> Result<BootEntry, Error> {
-    let mut file = open(KERNEL, kernel)?;
-    let cmdline = command_line(mem, &boot.append)?;
-    gdt(mem)?;
-    if is_bzimage(&mut file) {
-        bzimage(mem, boot, kernel, file, cmdline, rsdp)
-    } else if elf::is_elf(&mut file) {
-        pvh(mem, boot, kernel, file, rsdp)
-    } else {
-        let reason = "it is neither a bzImage nor an ELF file".into();
-        Err(Error::NoKernel { path: kernel.display().to_string(), reason })
-    }
-}
-
-/// Checks that the files are there, for a machine that boots from them only when it is reset.
-pub fn check_files(boot: &spec::Boot, kernel: &Path) -> Result<(), Error> {
-    open(KERNEL, kernel)?;
-    boot.initrd.as_deref().map_or(Ok(()), |initrd| open(INITRD, initrd).map(drop))
-}
-
-fn open(what: &'static str, path: &Path) -> Result<File, Error> {
-    let named = |source| Error::Open { what, path: path.display().to_string(), source };
-    // Non-blocking: a FIFO is refused below instead of being waited for.
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
-    let file = file.map_err(named)?;
-    if !file.metadata().map_err(named)?.is_file() {
-        return Err(named(std::io::Error::other("not a regular file")));
-    }
-    Ok(file)
 }
 
 fn is_bzimage(file: &mut File) -> bool {
@@ -198,16 +210,16 @@ fn memory_map(mem: &GuestMemory) -> Vec<(u64, u64, u32)> {
 /// Puts the initrd as high as it may lie below `limit`; returns (address, bytes).
 fn initrd(
     mem: &GuestMemory,
-    boot: &spec::Boot,
+    initrd: Option<&BootFile>,
     floor: u64,
     limit: u64,
 ) -> Result<(u64, u64), Error> {
-    let Some(path) = &boot.initrd else { return Ok((0, 0)) };
-    let mut file = open(INITRD, path)?;
-    let named = |source| Error::Open { what: INITRD, path: path.display().to_string(), source };
-    let size = file.metadata().map_err(named)?.len();
+    let Some(initrd) = initrd else { return Ok((0, 0)) };
+    let mut file = initrd.reader()?;
+    let named = |source| initrd.error(source);
+    let size = initrd.size()?;
     let end = mem.regions().first().map_or(0, |r| r.size).min(limit);
-    let too_large = || Error::TooLarge { what: INITRD, path: path.display().to_string(), size };
+    let too_large = || Error::TooLarge { what: initrd.what(), path: initrd.path(), size };
     let start = end.checked_sub(size).ok_or_else(too_large)? & !0xfff;
     if start < floor {
         return Err(too_large());
@@ -229,18 +241,18 @@ fn initrd(
 
 fn bzimage(
     mem: &GuestMemory,
-    boot: &spec::Boot,
-    path: &Path,
+    files: &Files,
     mut file: File,
     cmdline: u32,
     rsdp: u64,
 ) -> Result<BootEntry, Error> {
-    let bad = |reason: String| Error::NoKernel { path: path.display().to_string(), reason };
-    let size = file.metadata().map_or(0, |m| m.len());
+    let kernel = &files.kernel;
+    let bad = |reason: String| Error::NoKernel { path: kernel.path(), reason };
+    let size = kernel.size()?;
     let start = GuestAddress(layout::HIGH_RAM_START);
     let room = mem.regions().first().map_or(0, |r| r.size).saturating_sub(start.0);
     if size > room {
-        return Err(Error::TooLarge { what: KERNEL, path: path.display().to_string(), size });
+        return Err(Error::TooLarge { what: kernel.what(), path: kernel.path(), size });
     }
     // The real-mode part's sectors (0 is 4) after the boot sector: without them nothing follows.
     let mut sectors = [0];
@@ -259,11 +271,9 @@ fn bzimage(
     if loaded.kernel_end - start.0 < protected {
         return Err(bad(format!("it is cut off: {size} bytes are fewer than its header says")));
     }
-    if boot.append.len() > header.cmdline_size as usize && header.cmdline_size != 0 {
-        return Err(Error::CommandLine {
-            len: boot.append.len(),
-            max: header.cmdline_size as usize,
-        });
+    let (len, max) = (files.append.len(), header.cmdline_size as usize);
+    if len > max && max != 0 {
+        return Err(Error::CommandLine { len, max });
     }
     if header.version < 0x020c || header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(bad("it has no 64-bit entry point (boot protocol 2.12)".into()));
@@ -275,15 +285,15 @@ fn bzimage(
     let low = mem.regions().first().map_or(0, |r| r.size);
     if floor > low {
         let what = "the unpacked kernel ";
-        return Err(Error::TooLarge { what, path: path.display().to_string(), size: floor });
+        return Err(Error::TooLarge { what, path: kernel.path(), size: floor });
     }
     let limit = u64::from(header.initrd_addr_max).max(0x37ff_ffff) + 1;
-    let (address, bytes) = initrd(mem, boot, floor, limit)?;
+    let (address, bytes) = initrd(mem, files.initrd.as_ref(), floor, limit)?;
     header.type_of_loader = 0xff;
     header.ramdisk_image = address as u32;
     header.ramdisk_size = bytes as u32;
     header.cmd_line_ptr = cmdline;
-    header.cmdline_size = boot.append.len() as u32;
+    header.cmdline_size = len as u32;
     let mut params = boot_params { hdr: header, acpi_rsdp_addr: rsdp, ..Default::default() };
     for (i, (addr, size, type_)) in memory_map(mem).into_iter().enumerate() {
         params.e820_table[i] = boot_e820_entry { addr, size, r#type: type_ };
@@ -300,14 +310,8 @@ fn bzimage(
     })
 }
 
-fn pvh(
-    mem: &GuestMemory,
-    boot: &spec::Boot,
-    path: &Path,
-    mut file: File,
-    rsdp: u64,
-) -> Result<BootEntry, Error> {
-    let bad = |reason: String| Error::NoKernel { path: path.display().to_string(), reason };
+fn pvh(mem: &GuestMemory, files: &Files, mut file: File, rsdp: u64) -> Result<BootEntry, Error> {
+    let bad = |reason: String| Error::NoKernel { path: files.kernel.path(), reason };
     file.rewind().map_err(|e| bad(e.to_string()))?;
     let start = Some(GuestAddress(layout::HIGH_RAM_START));
     let ram = |at: u64, len: u64| {
@@ -323,7 +327,7 @@ fn pvh(
     if !segments.iter().any(|(at, len)| (*at..at + len).contains(&entry.0)) {
         return Err(bad(format!("its PVH entry {:#x} is in none of its segments", entry.0)));
     }
-    let (address, bytes) = initrd(mem, boot, loaded.kernel_end, 1 << 32)?;
+    let (address, bytes) = initrd(mem, files.initrd.as_ref(), loaded.kernel_end, 1 << 32)?;
     let mut info = hvm_start_info {
         magic: PVH_MAGIC,
         version: 1,
@@ -369,8 +373,9 @@ mod tests {
             .unwrap();
         let file = std::env::temp_dir().join(format!("tern-{name}-{}", std::process::id()));
         std::fs::write(&file, bytes).unwrap();
-        let boot = spec::Boot { append: append.into(), ..spec::Boot::default() };
-        let result = load(&mem, &boot, &file, layout::ACPI_TABLES);
+        let boot = spec::Boot { kernel: Some(file.clone()), append: append.into(), initrd: None };
+        let files = Files::open(&spec::Machine { boot, ..spec::Machine::default() }).unwrap();
+        let result = files.load(&mem, layout::ACPI_TABLES);
         std::fs::remove_file(&file).unwrap();
         result
     }
@@ -412,16 +417,6 @@ mod tests {
     }
 
     #[test]
-    fn a_fifo_is_refused_at_once() {
-        let path = std::env::temp_dir().join(format!("tern-fifo-{}", std::process::id()));
-        let status = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
-        assert!(status.success());
-        let error = open(KERNEL, &path).unwrap_err().to_string();
-        std::fs::remove_file(&path).unwrap();
-        assert!(error.contains("not a regular file"), "{error}");
-    }
-
-    #[test]
     fn loads_bytes_over_the_gap_between_regions_or_says_what_is_wrong() {
         let page = PAGE_SIZE;
         let specs = [
@@ -432,7 +427,10 @@ mod tests {
         let mem = GuestMemory::new(&specs, &Backing::default()).unwrap();
         let file = std::env::temp_dir().join(format!("tern-load-{}", std::process::id()));
         let put = |bytes: &[u8]| std::fs::write(&file, bytes).unwrap();
-        let load = |addr, raw| load_file(&mem, &spec::Load { file: file.clone(), addr, raw });
+        let load = |addr, raw| {
+            let file = BootFile::open("-device loader,file=", &file)?;
+            load_bytes(&mem, &Load { file, addr, raw })
+        };
         let bytes: Vec<u8> = (0..page * 3 / 2).map(|i| (i * 7) as u8).collect();
         put(&bytes);
         load(page, false).unwrap();

@@ -11,6 +11,7 @@ use migrate::endpoint::{DeviceSpec, Preamble};
 use migrate::{Endpoint, LateFrame};
 use state::Sections;
 
+use crate::assemble::device_name;
 use crate::layout;
 use crate::machine::Machine;
 use crate::runstate::RunState;
@@ -41,6 +42,7 @@ impl Endpoint for MachineEndpoint {
             ram: parts.mem.regions().iter().map(|r| (r.gpa, r.size)).collect(),
             devices: devices.collect(),
             topology: Some(topology(&parts.spec.smp)),
+            numa: Some(numa(&parts.spec.numa)),
         })
     }
 
@@ -150,16 +152,40 @@ impl MachineEndpoint {
         }
         if let Some(v) = parts.virtio.iter().find(|v| v.name() == unit) {
             let info = v.describe();
-            let sizes: Vec<_> = info.queues.iter().map(|q| q.size.to_string()).collect();
+            let sizes: Vec<_> = info.queues.iter().map(|q| q.offered.to_string()).collect();
             all.push((FEATURES.into(), format!("{:#x}", info.offered)));
             all.push(("queues".into(), sizes.len().to_string()));
+            all.push(("queue sizes".into(), sizes.join(",")));
             all.push(("MSI-X vectors".into(), info.vectors.to_string()));
         }
         if let Some(disk) = parts.disks.iter().find(|d| d.device_name() == unit) {
             all.push(("disk size in sectors".into(), disk.sectors().to_string()));
         }
+        let mut devices = parts.spec.devices.iter().enumerate();
+        if let Some((_, device)) = devices.find(|(i, d)| device_name(*i, d) == unit) {
+            all.extend(configured(device));
+        }
         all
     }
+}
+
+/// Options of the device that the guest sees and that its other properties do not tell.
+fn configured(device: &spec::Device) -> Vec<(String, String)> {
+    let mut all = Vec::new();
+    let mut add = |name: &str, value: String| all.push((name.to_owned(), value));
+    let on_off = |on: bool| if on { "on" } else { "off" }.to_owned();
+    match &device.kind {
+        spec::DeviceKind::IsaSerial { .. } => return all,
+        spec::DeviceKind::PcieRootPort { port, chassis, slot } => {
+            add("port", port.to_string());
+            add("chassis", chassis.to_string());
+            add("slot", slot.unwrap_or(u16::from(*chassis)).to_string());
+        }
+        spec::DeviceKind::VirtioBlk(blk) => add("serial", format!("'{}'", blk.serial)),
+        spec::DeviceKind::VirtioNet(_) | spec::DeviceKind::VirtioRng { .. } => {}
+    }
+    add("multifunction", on_off(device.multifunction));
+    all
 }
 
 /// One sentence a difference; `theirs` is the source, `ours` the destination.
@@ -180,6 +206,9 @@ fn differences(theirs: &Preamble, ours: &Preamble) -> Vec<String> {
         differ("arrangement of the vCPUs (-smp)", source.clone(), here.clone());
         told = source != here;
     }
+    if let (Some(source), Some(here)) = (&theirs.numa, &ours.numa) {
+        differ("NUMA nodes (-numa)", source.clone(), here.clone());
+    }
     // What CPUID says of what is told already would hide what else differs.
     all.extend(cpuid_differences(&theirs.cpuid, &ours.cpuid, told));
     all.extend(device_differences(&theirs.devices, &ours.devices));
@@ -196,6 +225,16 @@ fn ram_text(p: &Preamble) -> String {
 fn topology(smp: &spec::Smp) -> String {
     let spec::Smp { sockets, dies, cores, threads, .. } = smp;
     format!("sockets={sockets},dies={dies},cores={cores},threads={threads}")
+}
+
+fn numa(nodes: &[spec::NumaNode]) -> String {
+    let text = |node: &spec::NumaNode| {
+        let cpus: Vec<_> = node.cpus.iter().map(u32::to_string).collect();
+        let (id, cpus, size) = (node.id, cpus.join(","), node.size >> 20);
+        format!("node {id} (vCPUs {cpus}; {size} MiB)")
+    };
+    let all: Vec<_> = nodes.iter().map(text).collect();
+    if all.is_empty() { "none".into() } else { all.join(", ") }
 }
 
 type CpuidRow = (u32, u32, u32, u32, u32, u32);
@@ -359,6 +398,7 @@ mod tests {
             ram: vec![(0, 256 << 20)],
             devices: vec![device("net0"), device("net1")],
             topology: None,
+            numa: None,
         }
     }
 

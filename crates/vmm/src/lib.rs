@@ -11,6 +11,7 @@
 mod acpi;
 mod assemble;
 mod boot;
+mod boot_file;
 mod commands;
 mod cpus;
 mod disks;

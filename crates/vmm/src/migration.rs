@@ -146,6 +146,15 @@ impl Migration {
         }
     }
 
+    /// The process ends: an outgoing migration does not go on.
+    pub fn end(&self) {
+        match &self.state.lock().current {
+            Current::Outgoing(h) => h.cancel(),
+            Current::Incoming(i) => i.forget(),
+            Current::None => {}
+        }
+    }
+
     /// The operator says `cont` for a guest that runs here held, its source out of reach.
     pub fn force_release(&self) -> bool {
         match &self.state.lock().current {

@@ -1,7 +1,6 @@
 //! The state of power-on, without firmware: what is in memory and registers when vCPU 0 starts.
 //! The same is done again at every reset.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -11,13 +10,13 @@ use parking_lot::Mutex;
 use state::Section;
 
 use crate::acpi::{self, AcpiSpec};
+use crate::boot::Files;
+use crate::layout;
 use crate::vcpus::Vcpus;
-use crate::{boot, layout};
 
 /// Brings memory, irqchip and vCPUs to power-on.
 pub struct PowerOn {
-    spec: spec::Machine,
-    kernel: PathBuf,
+    files: Arc<Files>,
     vm: Arc<dyn Vm>,
     mem: GuestMemory,
     tables: Vec<u8>,
@@ -41,15 +40,10 @@ impl PowerOn {
         serials: Vec<u8>,
         pcie: bool,
     ) -> Result<Self, String> {
-        let kernel =
-            spec.boot.kernel.clone().ok_or(
-                "there is nothing to boot: give -kernel FILE (firmware is not built in yet)",
-            )?;
-        let first = if spec.process.incoming.is_some() {
-            boot::check_files(&spec.boot, &kernel).map_err(text)?;
-            None
-        } else {
-            Some(load_aside(mem.clone(), spec.boot.clone(), kernel.clone())?)
+        let files = Arc::new(Files::open(spec).map_err(text)?);
+        let first = match spec.process.incoming {
+            Some(_) => None,
+            None => Some(load_aside(mem.clone(), files.clone())?),
         };
         let numa_ram = numa_ram(spec);
         let numa_cpus = numa_cpus(spec);
@@ -66,23 +60,21 @@ impl PowerOn {
         let sections = vcpus.with_all(|i, vcpu| vcpu.save(&format!("vcpu.{i}")));
         let sections = sections.into_iter().collect::<state::Result<_>>().map_err(text)?;
         let irqchip = vm.save_irqchip("irqchip").map_err(text)?;
-        let (spec, first) = (spec.clone(), Mutex::new(first));
-        Ok(Self { spec, kernel, vm, mem, tables, irqchip, vcpus: sections, first })
+        let first = Mutex::new(first);
+        Ok(Self { files, vm, mem, tables, irqchip, vcpus: sections, first })
     }
 
     /// Does it. vCPUs stand still.
     ///
     /// # Errors
-    /// Sentences, most often on the kernel or initrd file.
+    /// Sentences, most often on what the kernel or initrd file has in it.
     pub fn run(&self, vcpus: &Vcpus) -> Result<(), String> {
         self.mem.write(layout::ACPI_TABLES, &self.tables).map_err(text)?;
         let entry = match self.first.lock().take() {
             Some(loading) => loading.join().map_err(|_| "the kernel's loader failed")??,
-            None => load(&self.mem, &self.spec.boot, &self.kernel)?,
+            None => load(&self.mem, &self.files)?,
         };
-        for load in &self.spec.loads {
-            boot::load_file(&self.mem, load).map_err(text)?;
-        }
+        self.files.load_bytes(&self.mem).map_err(text)?;
         // What the kernel's loader wrote past our own accessors is dirty too.
         self.mem.mark_dirty(0, self.mem.regions().first().map_or(0, |r| r.size));
         self.vm.restore_irqchip(&self.irqchip).map_err(text)?;
@@ -95,14 +87,14 @@ impl PowerOn {
     }
 }
 
-fn load(mem: &GuestMemory, boot: &spec::Boot, kernel: &Path) -> Result<BootEntry, String> {
-    boot::load(mem, boot, kernel, layout::ACPI_TABLES).map_err(text)
+fn load(mem: &GuestMemory, files: &Files) -> Result<BootEntry, String> {
+    files.load(mem, layout::ACPI_TABLES).map_err(text)
 }
 
 /// Loads kernel and initrd in a thread: tens of milliseconds, in which vCPUs are made.
-fn load_aside(mem: GuestMemory, boot: spec::Boot, kernel: PathBuf) -> Result<Loading, String> {
+fn load_aside(mem: GuestMemory, files: Arc<Files>) -> Result<Loading, String> {
     let thread = std::thread::Builder::new().name("boot-load".into());
-    thread.spawn(move || load(&mem, &boot, &kernel)).map_err(|e| format!("thread boot-load: {e}"))
+    thread.spawn(move || load(&mem, &files)).map_err(|e| format!("thread boot-load: {e}"))
 }
 
 /// PCI buses of the guest: the root bus, and for each root port its own and one for a bridge that is

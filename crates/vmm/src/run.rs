@@ -170,7 +170,7 @@ fn start(control: &Control, spec: &spec::Machine) -> Result<(), String> {
 /// read what was meant for it.
 fn finish(control: &Control, monitors: Monitors) {
     if let Some((machine, migration)) = &control.machine {
-        migration.cancel();
+        migration.end();
         machine.end();
     }
     let deadline = Instant::now() + DRAIN;

@@ -396,6 +396,7 @@ impl Core {
         };
         let queues = self.queues.iter().enumerate().map(|(i, q)| QueueInfo {
             size: q.size,
+            offered: self.traits.queue_sizes[i],
             enabled: q.enabled,
             started: q.started,
             desc: q.desc,

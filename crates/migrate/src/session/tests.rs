@@ -103,6 +103,7 @@ fn preamble() -> Preamble {
         ram: vec![],
         devices: vec![],
         topology: None,
+        numa: None,
     }
 }
 

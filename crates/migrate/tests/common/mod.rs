@@ -136,6 +136,7 @@ impl Endpoint for Machine {
             ram: self.memory.regions().iter().map(|r| (r.gpa, r.size)).collect(),
             devices: vec![],
             topology: None,
+            numa: None,
         })
     }
     fn differences(&self, remote: &Preamble) -> Vec<String> {
