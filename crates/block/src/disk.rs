@@ -135,6 +135,14 @@ impl Disk {
         self.image.len()
     }
 
+    /// Bytes that it takes in its file system; 0 of a block device.
+    ///
+    /// # Errors
+    /// The system's, naming the file.
+    pub fn allocated(&self) -> Result<u64> {
+        self.image.allocated()
+    }
+
     /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len() == 0

@@ -31,7 +31,7 @@ pub trait Image: Send + Sync {
     fn read_only(&self) -> bool;
     /// Block sizes.
     fn topology(&self) -> Topology;
-    /// Bytes that it takes on the host.
+    /// Bytes that it takes in its file system; 0 of a block device.
     fn allocated(&self) -> Result<u64>;
     /// Writes everything to stable storage, waiting for it.
     fn flush(&self) -> Result<()>;

@@ -137,10 +137,8 @@ impl Image for RawImage {
     }
 
     fn allocated(&self) -> Result<u64> {
-        if self.target.block_device {
-            return Ok(self.len());
-        }
         let meta = self.target.file.metadata().map_err(|e| self.error("cannot look at", e))?;
+        // In units of 512 bytes, whatever the file system's block is (stat(2)).
         Ok(meta.blocks() * 512)
     }
 

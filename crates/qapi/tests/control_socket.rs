@@ -68,7 +68,7 @@ impl Client {
 
     fn asks(&mut self) {
         self.send(r#"{"execute":"query-status"}"#);
-        assert_eq!(self.line().trim_end(), r#"{"return":{"did":"query-status"}}"#);
+        assert_eq!(self.line().trim_end(), r#"{"return": {"did": "query-status"}}"#);
     }
 }
 

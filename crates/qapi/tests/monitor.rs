@@ -109,7 +109,7 @@ impl Client {
         let mut client = Self::new(path);
         assert!(client.line().contains("QMP"));
         client.send(r#"{"execute":"qmp_capabilities"}"#);
-        assert_eq!(client.line(), r#"{"return":{}}"#);
+        assert_eq!(client.line(), r#"{"return": {}}"#);
         client
     }
     fn send(&mut self, text: &str) {
@@ -139,7 +139,7 @@ fn an_event_goes_out_before_the_reply_of_the_command_that_caused_it() {
     c.send(r#"{"execute":"stop","id":1}"#);
     let event: Value = serde_json::from_str(&c.line()).unwrap();
     assert_eq!(event["event"], "STOP");
-    assert_eq!(c.line(), r#"{"return":{},"id":1}"#);
+    assert_eq!(c.line(), r#"{"return": {}, "id": 1}"#);
 }
 
 #[test]
@@ -178,9 +178,9 @@ fn hmp_through_qmp_and_errors() {
     let w = world(false);
     let mut c = Client::ready(&w.path);
     c.send(r#"{"execute":"human-monitor-command","arguments":{"command-line":"info status"}}"#);
-    assert_eq!(c.line(), r#"{"return":"VM status: running\r\n"}"#);
+    assert_eq!(c.line(), r#"{"return": "VM status: running\r\n"}"#);
     c.send(r#"{"execute":"human-monitor-command","arguments":{"command-line":"nope"}}"#);
-    assert_eq!(c.line(), r#"{"return":"unknown command: 'nope'\r\n"}"#);
+    assert_eq!(c.line(), r#"{"return": "unknown command: 'nope'\r\n"}"#);
     for (index, answer) in [(0, "running"), (1, "expects a CPU number"), (-1, "expects a CPU")] {
         let arguments = json!({ "command-line": "info status", "cpu-index": index });
         c.send(&json!({"execute": "human-monitor-command", "arguments": arguments}).to_string());
@@ -188,7 +188,7 @@ fn hmp_through_qmp_and_errors() {
         assert!(line.contains(answer), "{line}");
     }
     c.send(r#"{"execute":"set_link","arguments":{"name":"n","up":false}}"#);
-    assert!(c.line().contains(r#""class":"DeviceNotFound","desc":"Device 'n' not found""#));
+    assert!(c.line().contains(r#""class": "DeviceNotFound", "desc": "Device 'n' not found""#));
 }
 
 #[test]

@@ -90,7 +90,7 @@ fn quit(say: impl Fn(&Path, &mut UnixStream)) -> Vec<(String, String)> {
 fn the_reply_then_the_event_reach_every_client() {
     for (a, b) in quit(|_, a| a.write_all(b"{\"execute\":\"quit\"}\r\n").unwrap()) {
         let (reply, event) = a.split_once("\r\n").unwrap_or((&a, ""));
-        assert_eq!(reply, r#"{"return":{}}"#, "{a:?}");
+        assert_eq!(reply, r#"{"return": {}}"#, "{a:?}");
         assert!(event.ends_with("\r\n") && b.ends_with("\r\n"), "{a:?} {b:?}");
         assert_shutdown(event);
         assert_shutdown(&b);

@@ -89,10 +89,7 @@ impl Disk {
 
     /// Its entry in `query-block`.
     pub fn describe(&self) -> Value {
-        use std::os::unix::fs::MetadataExt;
         let file = self.path.display().to_string();
-        // Blocks of 512 bytes, whatever the file system's are (stat(2)); a device takes no room.
-        let allocated = std::fs::metadata(&self.path).map_or(0, |m| m.blocks() * 512);
         // A drive's node has a made-up name, as in QEMU; '#' keeps it apart from users' names.
         let (drive, node) = match self.is_drive {
             true => (self.name.as_str(), format!("#{}", self.name)),
@@ -124,7 +121,7 @@ impl Disk {
                     "filename": file,
                     "format": "raw",
                     "virtual-size": self.image.len(),
-                    "actual-size": allocated,
+                    "actual-size": self.image.allocated().unwrap_or(0),
                     "dirty-flag": false,
                 },
             },

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 
 use super::scanner::{Scanned, Scanner};
+use super::spaced::spaced;
 use crate::command::{ClientFds, Error, ErrorClass};
 use crate::schema;
 
@@ -147,12 +148,8 @@ impl QmpSession {
     }
 
     fn line(&self, value: &Value) -> Vec<u8> {
-        // Serialising a Value cannot fail: its keys are strings.
-        let mut text = if self.pretty {
-            format!("{value:#}").replace('\n', "\r\n")
-        } else {
-            value.to_string()
-        };
+        let mut text =
+            if self.pretty { format!("{value:#}").replace('\n', "\r\n") } else { spaced(value) };
         text.push_str("\r\n");
         text.into_bytes()
     }
@@ -283,7 +280,7 @@ mod tests {
 
     fn ready() -> QmpSession {
         let mut session = QmpSession::new(false);
-        assert_eq!(run(&mut session, r#"{"execute":"qmp_capabilities"}"#), [r#"{"return":{}}"#]);
+        assert_eq!(run(&mut session, r#"{"execute":"qmp_capabilities"}"#), [r#"{"return": {}}"#]);
         session
     }
 
@@ -354,8 +351,8 @@ mod tests {
         let mut session = ready();
         let out =
             run(&mut session, r#"{"execute":"stop","id":{"a":[1]}} {"execute":"nope","id":7}"#);
-        assert_eq!(out[0], r#"{"return":{"ran":"stop"},"id":{"a":[1]}}"#);
-        assert!(out[1].ends_with(r#""id":7}"#));
+        assert_eq!(out[0], r#"{"return": {"ran": "stop"}, "id": {"a": [1]}}"#);
+        assert!(out[1].ends_with(r#""id": 7}"#));
     }
 
     #[test]
@@ -363,10 +360,10 @@ mod tests {
         let mut session = ready();
         let file = tempfile::tempfile().unwrap();
         session.receive(b"{'execute':'getfd','arguments':{'fdname':'migrate'}}", vec![file.into()]);
-        assert!(matches!(session.step(), Some(Step::Send(b)) if b == b"{\"return\":{}}\r\n"));
+        assert!(matches!(session.step(), Some(Step::Send(b)) if b == b"{\"return\": {}}\r\n"));
         assert!(session.fds().0.lock().contains_key("migrate"));
         let close = r#"{"execute":"closefd","arguments":{"fdname":"migrate"}}"#;
-        assert_eq!(run(&mut session, close), [r#"{"return":{}}"#]);
+        assert_eq!(run(&mut session, close), [r#"{"return": {}}"#]);
         assert!(desc(&mut session, close).contains("'migrate' not found"));
     }
 
