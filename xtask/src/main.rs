@@ -5,6 +5,7 @@
 
 mod bench;
 mod cpio;
+mod cpus;
 mod demo;
 mod guest;
 mod host;

@@ -107,9 +107,8 @@ fn machine() -> Value {
 fn print_rates(rows: &[Row]) {
     println!("\n{:>6}  {:<26} {:>9}  {:>9}  runs, Mpps", "frames", "", "Mpps", "ns/frame");
     for row in rows {
-        let runs: Vec<f64> = row.rates.iter().map(|r| r / 1e6).collect();
         let (frames, name, mpps) = (row.frames.name(), row.who.title(), row.mpps());
-        println!("{frames:>6}  {name:<26} {mpps:>9.2}  {:>9.1}  {}", 1e3 / mpps, list(&runs));
+        println!("{frames:>6}  {name:<26} {mpps:>9.2}  {:>9.1}  {}", 1e3 / mpps, list(&row.runs()));
     }
 }
 
@@ -123,7 +122,8 @@ fn ratios(rows: &[Row]) -> Vec<Value> {
         };
         let ratio = tern.mpps() / other.mpps();
         // Run by run the ratio is worth more than that of two medians on a machine that changes.
-        let each = tern.rates.iter().zip(&other.rates).map(|(t, o)| t / o).collect::<Vec<_>>();
+        let pairs = tern.runs().into_iter().zip(other.runs());
+        let each: Vec<f64> = pairs.map(|(t, o)| t / o).collect();
         let (name, title) = (frames.name(), peer.title());
         println!(
             "{name} bytes, Tern over {title}: {ratio:.2} (runs: {}), wanted {least:.1}: {}",
@@ -144,7 +144,7 @@ fn draw(rows: &[Row]) -> String {
         .map(|row| Bar {
             label: format!("{} B: {}", row.frames.name(), row.who.title()),
             value: row.mpps(),
-            samples: row.rates.iter().map(|r| r / 1e6).collect(),
+            samples: row.runs(),
             ours: row.who.is_ours(),
         })
         .collect();

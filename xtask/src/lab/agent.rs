@@ -14,7 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::wire;
-use crate::Result;
+use crate::{Result, cpus};
 
 /// How long output is awaited after the command ended, when something that it left behind still
 /// holds its output open.
@@ -168,19 +168,8 @@ fn shell(mut command: Command) -> Result<u8> {
 /// interrupt flag are on. An entry into a guest or an exit from one that happens in between is
 /// half undone. On a CPU that never enters a guest this word does not change.
 fn leave_the_first_cpu() -> Result<()> {
-    // SAFETY: a set of CPUs is plain bits, for which zero is a value; the calls only read and
-    // write it.
-    let done = unsafe {
-        let mut cpus: libc::cpu_set_t = std::mem::zeroed();
-        let size = size_of_val(&cpus);
-        libc::sched_getaffinity(0, size, &mut cpus);
-        libc::CPU_CLR(0, &mut cpus);
-        libc::sched_setaffinity(0, size, &cpus)
-    };
-    if done == 0 {
-        return Ok(());
-    }
-    Err(format!("cannot leave CPU 0: {}", std::io::Error::last_os_error()))
+    let others: Vec<usize> = cpus::allowed()?.into_iter().filter(|cpu| *cpu != 0).collect();
+    cpus::keep_to(&others)
 }
 
 /// Runs the job in the directory `job` (files argv, env, cwd, and mode).

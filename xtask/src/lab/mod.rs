@@ -25,7 +25,8 @@ use crate::{Result, paths, setup};
 /// `cargo xtask lab`'s arguments.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  cargo xtask lab -- ls -l /dev/kvm\n  cargo xtask lab       (a shell)\n\nA command's standard input is empty."
+    after_help = "Examples:\n  cargo xtask lab -- ls -l /dev/kvm\n  cargo xtask lab       (a shell)\n\nA command's standard input is empty. It gets the environment, without LD_LIBRARY_PATH: that is \
+    cargo's; to set it, run `env LD_LIBRARY_PATH=... COMMAND`."
 )]
 pub struct LabArgs {
     /// Kill the command after that many seconds (exit status 124)

@@ -339,7 +339,7 @@ impl Chain {
             let want = (len - done) as usize;
             // A buffer may cross from one RAM region into one right behind it.
             let slice = mem.slice_up_to(at, want).map_err(|_| RingError::Buffer { addr, len })?;
-            self.append(slice.iovec(), at);
+            self.push_buffer(slice.iovec(), at);
             done += slice.len() as u32;
         }
         if writable {
@@ -353,7 +353,7 @@ impl Chain {
 
     /// One buffer more, behind the others.
     #[inline]
-    fn append(&mut self, buffer: libc::iovec, gpa: u64) {
+    fn push_buffer(&mut self, buffer: libc::iovec, gpa: u64) {
         if self.buffers().is_empty() {
             (self.one, self.gpa) = (buffer, gpa);
             return;

@@ -28,36 +28,42 @@ const DISTURBED: f64 = 0.05;
 pub struct Row {
     pub frames: Frames,
     pub who: Contestant,
-    /// Frames a second through the core, of each run.
-    pub rates: Vec<f64>,
-    /// Processors that others used meanwhile, of each run.
-    disturbance: Vec<f64>,
-    /// How far the switch's CPU was from the load's, of each run.
-    round_trip: Vec<Duration>,
+    figures: Vec<Figure>,
 }
 
 /// One run of a contestant with frames of one kind.
 struct Figure {
+    /// Frames a second through the core.
     rate: f64,
+    /// Processors that others used meanwhile.
     disturbance: f64,
+    /// How far the switch's CPU was from the load's.
     round_trip: Duration,
 }
 
 impl Row {
-    /// Million frames a second.
+    /// Million frames a second in the median run.
     pub fn mpps(&self) -> f64 {
-        median(&self.rates) / 1e6
+        median(&self.runs())
+    }
+
+    /// Million frames a second of each run.
+    pub fn runs(&self) -> Vec<f64> {
+        self.figures.iter().map(|f| f.rate / 1e6).collect()
     }
 
     pub fn json(&self) -> Value {
+        let disturbance: Vec<f64> = self.figures.iter().map(|f| f.disturbance).collect();
+        let round_trip: Vec<u64> =
+            self.figures.iter().map(|f| f.round_trip.as_nanos() as u64).collect();
         json!({
             "frames": self.frames.name(),
             "who": self.who.name(),
             "mpps": self.mpps(),
-            "mpps_runs": self.rates.iter().map(|r| r / 1e6).collect::<Vec<_>>(),
+            "mpps_runs": self.runs(),
             "ns_per_frame": 1e3 / self.mpps(),
-            "disturbance_cpus": self.disturbance,
-            "round_trip_ns": self.round_trip.iter().map(|d| d.as_nanos() as u64).collect::<Vec<_>>(),
+            "disturbance_cpus": disturbance,
+            "round_trip_ns": round_trip,
         })
     }
 }
@@ -176,21 +182,12 @@ pub fn measure(setting: &Setting, stage: &Stage, kinds: &[Frames]) -> Result<Vec
     let mut rows: Vec<Row> = Vec::new();
     for frames in kinds {
         for who in Contestant::ALL {
-            let (rates, disturbance, round_trip) = Default::default();
-            rows.push(Row { frames: *frames, who, rates, disturbance, round_trip });
+            rows.push(Row { frames: *frames, who, figures: Vec::new() });
         }
     }
     for run in 0..setting.runs {
         for who in turns(run, Contestant::ALL.len()).into_iter().map(|i| Contestant::ALL[i]) {
             let figures = undisturbed(setting, stage, who, kinds, 1, (&[1], &[0]))?;
-            for (frames, figure) in kinds.iter().zip(&figures) {
-                let mut all = rows.iter_mut();
-                if let Some(row) = all.find(|r| r.frames == *frames && r.who == who) {
-                    row.rates.push(figure.rate);
-                    row.disturbance.push(figure.disturbance);
-                    row.round_trip.push(figure.round_trip);
-                }
-            }
             let show = |(kind, f): (&Frames, &Figure)| {
                 let far = if f.round_trip > placement::NEAR { ", CPUs far apart" } else { "" };
                 let (kind, mpps) = (kind.name(), f.rate / 1e6);
@@ -198,6 +195,12 @@ pub fn measure(setting: &Setting, stage: &Stage, kinds: &[Frames]) -> Result<Vec
             };
             let shown: Vec<String> = kinds.iter().zip(&figures).map(show).collect();
             println!("  run {}: {:<26} {}", run + 1, who.title(), shown.join(", "));
+            for (frames, figure) in kinds.iter().zip(figures) {
+                let mut all = rows.iter_mut();
+                if let Some(row) = all.find(|r| r.frames == *frames && r.who == who) {
+                    row.figures.push(figure);
+                }
+            }
         }
     }
     Ok(rows)
