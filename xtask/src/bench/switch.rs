@@ -36,6 +36,9 @@ pub struct SwitchArgs {
     /// Only this row: 64, 1500, imix, threads, latency, idle, scale, guests (repeatable)
     #[arg(long, value_name = "ROW", value_parser = ROWS)]
     only: Vec<String>,
+    /// Rates of this contestant only: tern, tern-adaptive, ovs-rule, ovs-normal, raw-vhost (repeatable)
+    #[arg(long, value_name = "NAME", value_parser = Contestant::ALL.map(Contestant::name))]
+    who: Vec<String>,
     /// One short run of each, to see that everything works
     #[arg(long)]
     quick: bool,
@@ -74,6 +77,8 @@ struct Setting {
     tern: PathBuf,
     frames: PathBuf,
     iperf3: PathBuf,
+    /// Whose rates are measured.
+    who: Vec<Contestant>,
     runs: usize,
     /// How long a rate is measured, all windows together.
     window: Duration,
@@ -160,8 +165,11 @@ pub fn run(args: &SwitchArgs) -> Result<u8> {
         Some(path) => std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()))?,
         None => host::build_release(&["tern"], &["tern"])?.join("tern"),
     };
+    let is_wanted =
+        |c: &Contestant| args.who.is_empty() || args.who.iter().any(|name| name == c.name());
     let setting = Setting {
         tern,
+        who: Contestant::ALL.into_iter().filter(is_wanted).collect(),
         frames: bins.join("tern-frames"),
         iperf3: bins.join("tern-iperf3"),
         runs: if args.quick { 1 } else { args.runs.max(1) },

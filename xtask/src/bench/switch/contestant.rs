@@ -37,7 +37,7 @@ impl Contestant {
     pub const ALL: [Self; 5] =
         [Self::Tern, Self::TernAdaptive, Self::OvsRule, Self::OvsNormal, Self::RawVhost];
 
-    /// In tables and reports, and for `--only`.
+    /// In reports, and for `--who`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Tern => "tern",

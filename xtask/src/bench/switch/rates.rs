@@ -181,12 +181,14 @@ fn undisturbed(
 pub fn measure(setting: &Setting, stage: &Stage, kinds: &[Frames]) -> Result<Vec<Row>> {
     let mut rows: Vec<Row> = Vec::new();
     for frames in kinds {
-        for who in Contestant::ALL {
-            rows.push(Row { frames: *frames, who, figures: Vec::new() });
-        }
+        rows.extend(setting.who.iter().map(|who| Row {
+            frames: *frames,
+            who: *who,
+            figures: Vec::new(),
+        }));
     }
     for run in 0..setting.runs {
-        for who in turns(run, Contestant::ALL.len()).into_iter().map(|i| Contestant::ALL[i]) {
+        for who in turns(run, setting.who.len()).into_iter().map(|i| setting.who[i]) {
             let figures = undisturbed(setting, stage, who, kinds, 1, (&[1], &[0]))?;
             let show = |(kind, f): (&Frames, &Figure)| {
                 let far = if f.round_trip > placement::NEAR { ", CPUs far apart" } else { "" };
