@@ -243,6 +243,8 @@ impl Schema {
 
     /// How to come by [`help`](Self::help): "-device virtio-net-pci,help".
     fn how_to_help(&self, option: &str) -> String {
+        // Of a part of it, "-blockdev (file)", the option is what can be asked.
+        let option = option.split_once(' ').map_or(option, |(option, _)| option);
         match self.name {
             "" => format!("{option} help"),
             name => format!("{option} {name},help"),
