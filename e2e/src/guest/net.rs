@@ -53,13 +53,7 @@ fn address(ip: Ipv4Addr) -> libc::sockaddr {
 /// # Errors
 /// What the kernel says.
 pub fn configure(name: &str, ip: Ipv4Addr, prefix: u32) -> io::Result<()> {
-    // SAFETY: socket takes no memory.
-    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor is new and nobody else's.
-    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let socket = control_socket()?;
     let up = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     let mut lo = request("lo");
     lo.ifr_ifru.ifru_flags = up;
@@ -72,6 +66,27 @@ pub fn configure(name: &str, ip: Ipv4Addr, prefix: u32) -> io::Result<()> {
     ioctl(&socket, libc::SIOCSIFNETMASK, &mut card)?;
     card.ifr_ifru.ifru_flags = up;
     ioctl(&socket, libc::SIOCSIFFLAGS, &mut card)
+}
+
+/// Stops the card `name`: nothing is sent through it any more.
+///
+/// # Errors
+/// What the kernel says.
+pub fn take_down(name: &str) -> io::Result<()> {
+    let mut card = request(name);
+    card.ifr_ifru.ifru_flags = 0;
+    ioctl(&control_socket()?, libc::SIOCSIFFLAGS, &mut card)
+}
+
+/// A socket to speak of network cards through.
+fn control_socket() -> io::Result<OwnedFd> {
+    // SAFETY: socket takes no memory.
+    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Sends the stream `seed` at `kib` KiB a second until the connection or `go_on` ends.
