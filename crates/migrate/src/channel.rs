@@ -20,8 +20,9 @@ use crate::{Error, Result, Uri};
 const SLICE: Duration = Duration::from_millis(20);
 /// Socket buffer asked for on unix sockets; TCP's grow by themselves.
 const BUFFER: libc::c_int = 4 << 20;
-/// Receive buffer, half of what the kernel makes of it, for TCP from this very host: no path to fill,
-/// and what waits longer than in 32 MiB (Linux 6.18) has left the processor's cache when it is read.
+/// Receive buffer, half of what the kernel makes of it, for TCP from this very host. Left alone it grows
+/// to 32 MiB (Linux 6.18), though there is no path to fill, and what waits there has left the
+/// processor's cache when it is read.
 const HERE: libc::c_int = 3 << 20;
 
 /// A connected byte stream. Reading and writing work through `&self`, from different threads.
