@@ -182,7 +182,11 @@ fn configured(device: &spec::Device) -> Vec<(String, String)> {
             add("slot", slot.unwrap_or(u16::from(*chassis)).to_string());
         }
         spec::DeviceKind::VirtioBlk(blk) => add("serial", format!("'{}'", blk.serial)),
-        spec::DeviceKind::VirtioNet(_) | spec::DeviceKind::VirtioRng { .. } => {}
+        spec::DeviceKind::VirtioNet(net) => {
+            let bytes: Vec<_> = net.mac.iter().map(|b| format!("{b:02x}")).collect();
+            add("mac", bytes.join(":"));
+        }
+        spec::DeviceKind::VirtioRng { .. } => {}
     }
     add("multifunction", on_off(device.multifunction));
     all

@@ -1,5 +1,6 @@
 //! From a description to a running process: character devices, machine, monitors, start, end.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -82,7 +83,13 @@ fn open_chardevs(
         let options = options.with_quit(Arc::new(move || {
             let _ = quit.send(Request::Quit(0));
         }));
-        all.push(chardev::open(config, options).map_err(|e| e.to_string())?);
+        let chardev = chardev::open(config, options).map_err(|e| e.to_string())?;
+        if let Some(path) = chardev.filename().strip_prefix("pty:") {
+            // The words, and that it is standard output, are QEMU's: scripts read them.
+            let mut to = std::io::stdout().lock();
+            let _ = writeln!(to, "char device redirected to {path} (label {})", config.id);
+        }
+        all.push(chardev);
     }
     for (chardev, config) in all.iter().zip(&spec.chardevs) {
         if matches!(config.kind, spec::ChardevKind::Socket { server: true, wait: true, .. }) {
