@@ -117,7 +117,8 @@ impl Queue {
         }
     }
 
-    /// Takes the burst that was fetched, or, of what needs no fetching, the next one. [`done`](Self::done) has to follow.
+    /// Takes the burst that was fetched, or, of what needs no fetching, the next one.
+    /// [`done`](Self::done) has to follow.
     ///
     /// # Errors
     /// The driver broke its ring's rules; what came before that is in `burst`.
