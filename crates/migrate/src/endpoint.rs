@@ -95,12 +95,15 @@ pub trait Endpoint: Send + Sync {
     /// Source: gives up the disk locks, just before go.
     fn release_locks(&self) -> Result<(), String>;
     /// Source after an abort before go, or after a refusal: takes the locks back if they were
-    /// released and goes on (if it ran before). Emits RESUME.
+    /// released and goes on (if it ran before). Emits RESUME. It ends an
+    /// [`undecided`](Self::undecided).
     fn resume(&self) -> Result<(), String>;
-    /// Source: the guest runs elsewhere for good. It never runs here again.
+    /// Source: the guest runs elsewhere for good. It never runs here again. It ends an
+    /// [`undecided`](Self::undecided).
     fn handed_over(&self);
-    /// Source, at the end of a migration after go of which nobody knows whether the guest runs at
-    /// the destination: it stays stopped here, and only the operator may let it go on.
+    /// Source, in a migration after go of which nobody knows whether the guest runs at the
+    /// destination: it stays stopped here, and only the operator may let it go on, unless the
+    /// destination answers after all.
     fn undecided(&self);
     /// Destination: everything that can be done before the pause (fault in memory, open back ends).
     fn prepare(&self) -> Result<(), String>;

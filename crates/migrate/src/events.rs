@@ -9,7 +9,8 @@ pub trait Events: Send + Sync {
     /// The MIGRATION_PASS event: pass `pass` over the memory begins (counted from 1).
     fn pass(&self, pass: u64);
     /// The migration is over for this side; it comes after the last [`migration`](Self::migration).
-    /// At a destination that keeps listening after a refusal it comes for each try.
+    /// At a destination that keeps listening after a refusal it comes for each try, at a source
+    /// that was in doubt where the guest is once more when it knows.
     fn ended(&self, result: &Result<(), Error>) {
         let _ = result;
     }

@@ -3,7 +3,10 @@
 //!
 //! Threads: `migration` runs the session and calls the machine; `mig-control` reads the control
 //! connection; `mig-ram.N` sends on RAM connection N. [`Handle`] only sets flags, puts events into
-//! the migration's queue, and ends connections, so nothing that a monitor calls blocks.
+//! the migration's queue, and ends connections, so nothing that a monitor calls blocks, except
+//! [`Handle::insist`].
+
+mod inquiry;
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -23,7 +26,7 @@ use crate::planner::{Observation, Policy, Precopy};
 use crate::populated::populated;
 use crate::sender::{Sender, Shared};
 use crate::session::source::{Input, Output, Plan};
-use crate::session::{self, HELLO_PATIENCE, RESOLVE_PATIENCE};
+use crate::session::{self, HELLO_PATIENCE, LAST_ASK};
 use crate::stats::{Stats, micros};
 use crate::wire::{Hello, Msg, Role, SessionId};
 use crate::{Endpoint, Error, Events, LateFrame, MigrationInfo, Parameters, Result, Status, Uri};
@@ -48,19 +51,25 @@ enum Event {
     RoundSent,
     RamLost(Error),
     Cancel,
+    Insist,
 }
 
 struct Inner {
+    uri: Uri,
     endpoint: Arc<dyn Endpoint>,
     events: Arc<dyn Events>,
     shared: Shared,
     status: Mutex<Status>,
     cancelled: AtomicBool,
     past_go: AtomicBool,
+    insisted: AtomicBool,
     queue: Mutex<mpsc::Sender<Event>>,
     ram: Mutex<Vec<Arc<Channel>>>,
     control: Mutex<Option<Arc<Channel>>>,
+    /// What was told first: a doubt may be cleared later.
     outcome: Outcome,
+    /// What it came to.
+    settled: Outcome,
 }
 
 impl Inner {
@@ -80,6 +89,36 @@ impl Inner {
 
     fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Acquire)
+    }
+
+    /// How it ended, to all who want to know; once more when a doubt was cleared.
+    fn tell(&self, result: Result<()>) {
+        let status = match &result {
+            Ok(()) => Status::Completed,
+            Err(Error::Cancelled) => Status::Cancelled,
+            Err(_) => Status::Failed,
+        };
+        let error = result.as_ref().err().filter(|e| **e != Error::Cancelled);
+        if let Some(e) = error {
+            tracing::warn!("migration to {}: {e}", self.uri);
+        }
+        self.shared.stats.mark(status.as_str());
+        self.shared.stats.end(error.map(ToString::to_string));
+        match self.outcome.get() {
+            None => self.set_status(status),
+            Some(_) => self.correct_status(status),
+        }
+        self.events.ended(&result);
+        self.outcome.set(result);
+    }
+
+    /// What was told to have failed in doubt may have been completed.
+    fn correct_status(&self, status: Status) {
+        let mut now = self.status.lock();
+        if *now != status {
+            *now = status;
+            self.events.migration(status);
+        }
     }
 }
 
@@ -125,7 +164,41 @@ impl Handle {
         self.0.shared.stats.info(self.status(), pending.pages() + pending.unsent())
     }
 
-    /// Waits for the end.
+    /// Whether the guest was given to a destination that does not say whether it has it. It is asked
+    /// on, though the status says `failed`.
+    pub fn in_doubt(&self) -> bool {
+        let inner = &self.0;
+        matches!(inner.outcome.get(), Some(Err(Error::Unknown(_)))) && inner.settled.get().is_none()
+    }
+
+    /// Whether it is too late for [`cancel`](Self::cancel), though it is not over.
+    pub fn is_past_cancel(&self) -> bool {
+        self.0.past_go.load(Ordering::Acquire) && self.0.settled.get().is_none()
+    }
+
+    /// The operator wants the guest here: asks a destination that is in doubt once more, and tells
+    /// what is known then. Blocks for some seconds if it does not answer.
+    ///
+    /// # Errors
+    /// What speaks against letting the guest go on here: it runs there, or is about to.
+    pub fn insist(&self) -> std::result::Result<(), String> {
+        let inner = &self.0;
+        if !self.in_doubt() {
+            return Ok(());
+        }
+        inner.insisted.store(true, Ordering::Release);
+        let _ = inner.queue.lock().send(Event::Insist);
+        inner.settled.comes_within(LAST_ASK * 4);
+        match inner.settled.get() {
+            Some(Ok(())) => Err("The destination has just answered: the guest runs there".into()),
+            Some(Err(_)) => Ok(()),
+            None => Err("The destination has just answered, and is about to run the guest; \
+                         query-migrate says how it goes on"
+                .into()),
+        }
+    }
+
+    /// Waits for the end, or until it is in doubt.
     ///
     /// # Errors
     /// Why the guest was not handed over.
@@ -160,23 +233,26 @@ pub fn start(
         populated: OnceLock::new(),
     };
     let inner = Arc::new(Inner {
+        uri,
         endpoint,
         events,
         shared,
         status: Mutex::new(Status::None),
         cancelled: AtomicBool::new(false),
         past_go: AtomicBool::new(false),
+        insisted: AtomicBool::new(false),
         queue: Mutex::new(tx.clone()),
         ram: Mutex::new(Vec::new()),
         control: Mutex::new(None),
         outcome: Outcome::default(),
+        settled: Outcome::default(),
     });
     inner.set_status(Status::Setup);
     inner.shared.stats.mark("setup");
     let for_thread = inner.clone();
     std::thread::Builder::new()
         .name("migration".into())
-        .spawn(move || Driver::run(for_thread, &uri, tx, &rx))
+        .spawn(move || Driver::run(for_thread, tx, &rx))
         .map_err(|e| Error::Machine(format!("cannot start the migration's thread: {e}")))?;
     Ok(Handle(inner))
 }
@@ -229,33 +305,21 @@ struct Driver {
 }
 
 impl Driver {
-    fn run(inner: Arc<Inner>, uri: &Uri, tx: mpsc::Sender<Event>, rx: &mpsc::Receiver<Event>) {
-        let result = match Self::connect(&inner, uri, tx) {
+    fn run(inner: Arc<Inner>, tx: mpsc::Sender<Event>, rx: &mpsc::Receiver<Event>) {
+        let result = match Self::connect(&inner, tx) {
             Ok(mut driver) => driver.drive(rx),
             Err(e) => Err(e),
         };
-        let status = match &result {
-            Ok(()) => Status::Completed,
-            Err(Error::Cancelled) => Status::Cancelled,
-            Err(_) => Status::Failed,
-        };
-        let error = result.as_ref().err().filter(|e| **e != Error::Cancelled);
-        if let Some(e) = error {
-            tracing::warn!("migration to {uri}: {e}");
-        }
-        inner.shared.stats.mark(status.as_str());
-        inner.shared.stats.end(error.map(ToString::to_string));
         inner.control.lock().take().iter().for_each(|c| c.shutdown());
         inner.ram.lock().drain(..).for_each(|c| c.shutdown());
-        inner.set_status(status);
-        inner.events.ended(&result);
-        inner.outcome.set(result);
+        inner.tell(result.clone());
+        inner.settled.set(result);
     }
 
-    fn connect(inner: &Arc<Inner>, uri: &Uri, tx: mpsc::Sender<Event>) -> Result<Self> {
+    fn connect(inner: &Arc<Inner>, tx: mpsc::Sender<Event>) -> Result<Self> {
         let preamble = inner.endpoint.preamble().map_err(Error::Machine)?;
         let deadline = Instant::now() + CONNECT_PATIENCE;
-        let (control, address) = channel::connect(uri, deadline, &|| inner.is_cancelled())?;
+        let (control, address) = channel::connect(&inner.uri, deadline, &|| inner.is_cancelled())?;
         let id = uuid::Uuid::new_v4().into_bytes();
         let mut driver = Self {
             session: session::Source::new(id, preamble, 1),
@@ -350,6 +414,7 @@ impl Driver {
             Event::Control { msg: Err(e), .. } => Some(Input::ControlLost(e)),
             Event::RamLost(e) => Some(Input::RamLost(e)),
             Event::Cancel => Some(Input::Cancel),
+            Event::Insist => Some(Input::Insist),
             Event::RoundSent => {
                 self.unsent = self.unsent.saturating_sub(1);
                 (self.unsent == 0).then_some(Input::RoundSent)
@@ -449,6 +514,11 @@ impl Driver {
             }
             Output::ForwardFrames => {
                 self.forward_frames();
+                None
+            }
+            Output::Doubt(why) => {
+                self.inner.endpoint.undecided();
+                self.inner.tell(Err(why));
                 None
             }
             Output::End(result) => {
@@ -642,31 +712,6 @@ impl Driver {
         Ok(())
     }
 
-    /// Connects to the same address again, to ask how the destination stands.
-    fn reconnect(&mut self) -> Input {
-        if let Some(old) = self.inner.control.lock().take() {
-            old.shutdown();
-        }
-        let first = *self.first_loss.get_or_insert_with(Instant::now);
-        let deadline = first + RESOLVE_PATIENCE;
-        std::thread::sleep(pause_before(self.reconnects));
-        self.reconnects += 1;
-        tracing::warn!("connection lost at the hand-over; asking {} how it stands", self.address);
-        while Instant::now() < deadline {
-            match channel::connect_to(&self.address, deadline, &|| false) {
-                Ok(control) => {
-                    if self.use_control(control).is_ok() {
-                        return Input::Reconnected;
-                    }
-                }
-                Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => return Input::Gone,
-                Err(e) => tracing::debug!("{}: {e}", self.address),
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        Input::Timeout
-    }
-
     fn stop_sources(&mut self) {
         for source in self.sources.drain(..self.started) {
             if let Err(e) = source.stop() {
@@ -692,16 +737,6 @@ impl Driver {
 
     fn past_go(&self) -> bool {
         self.inner.past_go.load(Ordering::Acquire)
-    }
-}
-
-/// How long to wait before asking anew for the `nth` time (from 0). A path that takes connections
-/// and closes them at once, as a forwarder with a dead other end does, must not use up all tries
-/// within milliseconds: the losses that the session bears last about as long as its patience.
-fn pause_before(nth: u32) -> Duration {
-    match nth {
-        0 => Duration::ZERO,
-        n => Duration::from_millis(50) * (1 << (n - 1).min(4)),
     }
 }
 

@@ -76,7 +76,10 @@ fn watch(vm: &Entry) -> Result<Value, Box<dyn std::error::Error>> {
     let mut shown_at: Option<Instant> = None;
     loop {
         if INTERRUPTED.load(Ordering::Relaxed) && !cancelled {
-            client::execute(vm, "migrate_cancel", json!({}))?;
+            // Once the guest is being handed over it is too late, and it is told so.
+            if let Err(error) = client::execute(vm, "migrate_cancel", json!({})) {
+                vmm::tell!("{error}");
+            }
             cancelled = true;
         }
         let answer = match client::execute(vm, "query-migrate", json!({})) {

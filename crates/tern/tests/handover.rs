@@ -36,36 +36,48 @@ impl Place {
         Config { extra, ..self.config.clone() }.start(self.path(), None).unwrap()
     }
 
-    /// A destination that is killed at `point`, and the path to it.
-    fn doomed(&mut self, point: Point) -> (Vmm, Proxy) {
+    /// A destination that gets `signal` at `point`, and the path to it.
+    fn struck(&mut self, point: Point, signal: &'static str) -> (Vmm, Proxy) {
         self.tries += 1;
         let address = self.path().join(format!("in{}", self.tries));
         let incoming = Some(format!("unix:{}", address.display()));
         let name = format!("destination{}", self.tries);
         let to = Config { name, incoming, ..self.config.clone() }.start(self.path(), None).unwrap();
-        let pid = to.pid().to_string();
-        let kill = move || {
-            assert!(Command::new("kill").args(["-9", &pid]).status().unwrap().success());
-        };
+        let pid = to.pid();
         let at = self.path().join(format!("path{}", self.tries));
-        let fault = Fault::Do(Box::new(kill));
+        let fault = Fault::Do(Box::new(move || kill(pid, signal)));
         (to, Proxy::start(&at, &address, Some((point, fault))).unwrap())
     }
 
-    /// Migrates `source` to such a destination; what query-migrate says then.
+    /// Migrates `source` to a destination that is killed at `point`; what query-migrate says then.
     fn killed_at(&mut self, source: &mut Vmm, point: Point) -> Value {
-        let (_to, proxy) = self.doomed(point);
-        source.qmp.execute("migrate", json!({"uri": proxy.uri()})).unwrap();
-        let until = Instant::now() + Duration::from_secs(60);
-        loop {
-            let info = source.qmp.execute("query-migrate", Value::Null).unwrap();
-            if info["status"] == "failed" {
-                assert!(proxy.fault_is_done(), "{info}");
-                return info;
-            }
-            assert!(Instant::now() < until, "{info}");
-            std::thread::sleep(Duration::from_millis(10));
+        let (_to, proxy) = self.struck(point, "-KILL");
+        migrate(source, &proxy)
+    }
+}
+
+fn kill(pid: u32, signal: &str) {
+    assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
+}
+
+/// Migrates `source` over `proxy`, which breaks; what query-migrate says then.
+fn migrate(source: &mut Vmm, proxy: &Proxy) -> Value {
+    source.qmp.execute("migrate", json!({"uri": proxy.uri()})).unwrap();
+    let info = reaches(source, "failed");
+    assert!(proxy.fault_is_done(), "{info}");
+    info
+}
+
+/// What query-migrate says once the migration's status is `status`.
+fn reaches(vm: &mut Vmm, status: &str) -> Value {
+    let until = Instant::now() + Duration::from_secs(60);
+    loop {
+        let info = vm.qmp.execute("query-migrate", Value::Null).unwrap();
+        if info["status"] == status {
+            return info;
         }
+        assert!(Instant::now() < until, "not {status}: {info}");
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
@@ -113,6 +125,75 @@ fn a_destination_lost_before_it_confirmed_leaves_the_choice_to_cont() {
 }
 
 #[test]
+fn a_destination_that_wakes_up_takes_the_guest_after_all() {
+    let Some(mut place) = Place::new() else { return };
+    for (point, state) in
+        [(Point::Before(kind::GO), "paused"), (Point::Before(kind::RELEASE), "postmigrate")]
+    {
+        let mut source = place.source(&[]);
+        source
+            .qmp
+            .execute(
+                "migrate-set-capabilities",
+                json!({"capabilities": [{"capability": "events", "state": true}]}),
+            )
+            .unwrap();
+        let (mut to, proxy) = place.struck(point, "-STOP");
+        let info = migrate(&mut source, &proxy);
+        let why = info["error-desc"].as_str().unwrap();
+        assert!(why.contains("does not answer") || why.contains("does not say"), "{why}");
+        assert_eq!(source.status().unwrap(), state, "{point:?}");
+        let refused = source.qmp.execute("migrate_cancel", Value::Null).unwrap_err().to_string();
+        assert!(refused.contains("cont"), "{refused}");
+        kill(to.pid(), "-CONT");
+        assert_eq!(reaches(&mut source, "completed")["error-desc"], Value::Null);
+        assert_eq!(source.status().unwrap(), "postmigrate");
+        assert_eq!(to.status().unwrap(), "running");
+        let refused = source.qmp.execute("cont", Value::Null).unwrap_err().to_string();
+        assert!(refused.contains("destination"), "{refused}");
+        assert!(is_locked(&place));
+        assert_eq!(source.quit().unwrap(), 0);
+        assert_eq!(to.quit().unwrap(), 0);
+    }
+}
+
+#[test]
+fn who_insists_on_the_guest_has_it_when_the_destination_stays_silent() {
+    let Some(mut place) = Place::new() else { return };
+    let mut source = place.source(&[]);
+    let (mut to, proxy) = place.struck(Point::Before(kind::GO), "-STOP");
+    migrate(&mut source, &proxy);
+    source.qmp.execute("cont", Value::Null).unwrap();
+    assert_eq!(source.status().unwrap(), "running");
+    kill(to.pid(), "-CONT");
+    // The lock is the source's again: it cannot run there.
+    assert_eq!(to.wait_end(Duration::from_secs(60)).unwrap(), 1);
+    assert_eq!(source.status().unwrap(), "running");
+    assert!(is_locked(&place));
+    assert_eq!(source.quit().unwrap(), 0);
+}
+
+#[test]
+fn cont_at_a_source_in_doubt_hears_what_the_destination_says() {
+    let Some(mut place) = Place::new() else { return };
+    let mut source = place.source(&[]);
+    let (mut to, proxy) = place.struck(Point::Before(kind::RELEASE), "-STOP");
+    migrate(&mut source, &proxy);
+    let pid = to.pid();
+    let wakes = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(1));
+        kill(pid, "-CONT");
+    });
+    let refused = source.qmp.execute("cont", Value::Null).unwrap_err().to_string();
+    assert!(refused.contains("runs there"), "{refused}");
+    wakes.join().unwrap();
+    assert_eq!(source.status().unwrap(), "postmigrate");
+    assert_eq!(to.status().unwrap(), "running");
+    assert_eq!(source.quit().unwrap(), 0);
+    assert_eq!(to.quit().unwrap(), 0);
+}
+
+#[test]
 fn after_a_failed_migration_a_source_is_what_it_was() {
     let Some(mut place) = Place::new() else { return };
     let mut source = place.source(&["-S"]);
@@ -146,14 +227,14 @@ fn the_tern_command_says_what_is_left_to_do() {
         eprintln!("skipped: VMs have no runtime directory here: {all}");
         return;
     }
-    let (_to, proxy) = place.doomed(Point::Before(kind::RELEASE));
+    let (_to, proxy) = place.struck(Point::Before(kind::RELEASE), "-KILL");
     let (went, said) = tern(&["migrate", &name, &proxy.uri()]);
     assert!(!went && said.contains("runs nowhere"), "{said}");
     assert!(said.contains(&format!("postmigrate; cont is: tern monitor {name} cont")), "{said}");
     let (went, said) = tern(&["monitor", &name, "cont"]);
     assert!(went, "{said}");
     assert_eq!(source.status().unwrap(), "running");
-    let (_to, proxy) = place.doomed(Point::Before(kind::READY));
+    let (_to, proxy) = place.struck(Point::Before(kind::READY), "-KILL");
     let (went, said) = tern(&["migrate", &name, &proxy.uri()]);
     assert!(!went && said.contains("Here it is running"), "{said}");
 }

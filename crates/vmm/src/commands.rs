@@ -84,6 +84,7 @@ fn on_machine(
     match name {
         "cont" => {
             if !migration.force_release() {
+                migration.insist()?;
                 machine.cont()?;
             }
             done()
@@ -100,7 +101,7 @@ fn on_machine(
         "migrate" => migration.start(arguments),
         "migrate-incoming" => migration.incoming(arguments),
         "migrate_cancel" => {
-            migration.cancel();
+            migration.cancel()?;
             done()
         }
         "migrate-set-capabilities" => migration.set_capabilities(arguments),

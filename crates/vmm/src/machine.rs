@@ -9,6 +9,7 @@
 //!                         | quiesce (migration)
 //!                    FinishMigrate --resume--> as before; --handed_over--> Postmigrate
 //!                       | the destination is lost: undecided (Paused or Postmigrate) --cont--> Running
+//!                       |       it answers after all: as before, or Postmigrate
 //!   Inmigrate --load, run_held (vCPUs run, devices hold), release_output--> Running
 //! ```
 
@@ -495,8 +496,12 @@ impl Machine {
             life.undecided = true;
             return Err(e);
         }
-        if life.state != RunState::FinishMigrate {
+        if life.state != RunState::FinishMigrate && !life.undecided {
             return Ok(());
+        }
+        if std::mem::take(&mut life.undecided) {
+            // It may have stood still for long.
+            self.parts.vcpus.with_all(|_, vcpu| vcpu.notify_paused());
         }
         let pending = life.pending.take();
         if life.ran {
@@ -526,7 +531,9 @@ impl Machine {
 
     /// Source: the guest runs elsewhere.
     pub fn handed_over(&self) {
-        self.life.lock().state = RunState::Postmigrate;
+        let mut life = self.life.lock();
+        life.state = RunState::Postmigrate;
+        life.undecided = false;
     }
 
     /// Destination: vCPUs run if they ran at the source; devices stand still.

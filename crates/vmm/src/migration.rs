@@ -139,11 +139,31 @@ impl Migration {
     }
 
     /// `migrate_cancel`: does nothing when there is nothing to cancel.
-    pub fn cancel(&self) {
+    pub fn cancel(&self) -> Result<(), Error> {
         match &self.state.lock().current {
-            Current::Outgoing(h) => h.cancel(),
-            Current::Incoming(_) | Current::None => {}
+            Current::Outgoing(h) if h.in_doubt() => Err(Error::generic(
+                "The guest was given to a destination that does not answer, and may be there; it \
+                 is asked on. Only if the guest does not run there, let it go on here with cont",
+            )),
+            Current::Outgoing(h) if h.is_past_cancel() => Err(Error::generic(
+                "The migration is handing the guest over and cannot be cancelled any more",
+            )),
+            Current::Outgoing(h) => {
+                h.cancel();
+                Ok(())
+            }
+            Current::Incoming(_) | Current::None => Ok(()),
         }
+    }
+
+    /// `cont` at a source that is in doubt where the guest is: what its destination says now.
+    pub fn insist(&self) -> Result<(), Error> {
+        // It may take seconds: other monitors shall see the state meanwhile.
+        let handle = match &self.state.lock().current {
+            Current::Outgoing(h) => h.clone(),
+            _ => return Ok(()),
+        };
+        handle.insist().map_err(Error::generic)
     }
 
     /// The process ends: an outgoing migration does not go on.

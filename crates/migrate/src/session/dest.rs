@@ -43,7 +43,7 @@ pub enum Input {
     Timeout,
     /// The operator ends it (before go).
     Cancel,
-    /// The operator lets a held guest go.
+    /// The operator lets a stranded guest go.
     ForceRelease,
 }
 
@@ -326,7 +326,7 @@ impl Dest {
                 self.link = true;
                 vec![Output::ReleaseOutput, Output::Send(Msg::Released), Output::End(Ok(()))]
             }
-            (State::Held, Input::ForceRelease) => {
+            (State::Held, Input::ForceRelease) if self.stranded => {
                 self.state = State::Released;
                 vec![Output::ReleaseOutput, Output::End(Ok(()))]
             }

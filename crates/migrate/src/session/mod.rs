@@ -27,7 +27,14 @@ pub const HELLO_PATIENCE: Duration = Duration::from_secs(10);
 pub const PREPARE_PATIENCE: Duration = Duration::from_secs(120);
 /// How long the guest may stand still for a peer that does not answer, before go.
 pub const STOPPED_PATIENCE: Duration = Duration::from_secs(30);
-/// How long a source tries to ask a destination that it lost after go.
+/// How long a source tries to ask a destination that it lost after go, before it tells its operator
+/// that it is in doubt.
 pub const RESOLVE_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a destination waits for that: longer, so that the last try still finds it.
-pub const ASKED_PATIENCE: Duration = Duration::from_secs(15);
+/// How long a destination waits for that, until its operator may decide or, where nothing runs yet,
+/// it gives up: longer than a source takes to notice a silence ([`RESOLVE_PATIENCE`]) and then to
+/// ask, so that a source that is not in doubt yet has nobody's word to fear but the destination's.
+pub const ASKED_PATIENCE: Duration = Duration::from_secs(25);
+/// How long a source in doubt waits for an answer before it asks on another connection.
+pub const ASK_AGAIN: Duration = Duration::from_secs(30);
+/// How long connecting, and then the answer, may take once the operator insists.
+pub const LAST_ASK: Duration = Duration::from_secs(3);

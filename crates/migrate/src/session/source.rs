@@ -6,7 +6,8 @@
 //!                                                                                           v
 //!                Ended(handed over) <- Releasing <------------------------ Running ---------+
 //!                Ended(resumed)     <- Failed, or the destination's process is gone --------+
-//!                Ended(unknown: stays paused) <- it cannot be asked in time ----------------+
+//!                in doubt (told to be failed, stays paused, goes on asking) <- no answer in time
+//!                    an answer: as above; gone, or the operator insists: Ended(unknown)
 //! ```
 //! Going and Releasing have a link that is up, down (being connected again), or asking.
 
@@ -14,7 +15,9 @@ use std::time::Duration;
 
 use state::Sections;
 
-use super::{HELLO_PATIENCE, PREPARE_PATIENCE, RESOLVE_PATIENCE, STOPPED_PATIENCE};
+use super::{
+    ASK_AGAIN, HELLO_PATIENCE, LAST_ASK, PREPARE_PATIENCE, RESOLVE_PATIENCE, STOPPED_PATIENCE,
+};
 use crate::wire::{Hello, MAX_STATE_BYTES, Msg, Resolution, Role, SessionId};
 use crate::{Error, Preamble, Result};
 
@@ -51,6 +54,8 @@ pub enum Input {
     MachineFailed(String),
     /// The operator wants it to end.
     Cancel,
+    /// The operator wants the guest here, while it is in doubt where it is.
+    Insist,
 }
 
 /// What the planner wants.
@@ -86,9 +91,12 @@ pub enum Output {
     ForwardFrames,
     /// Give up the disk locks: then [`Input::LocksReleased`].
     ReleaseLocks,
-    /// Connect the control channel again, within [`RESOLVE_PATIENCE`] of the first loss: then
+    /// Connect the control channel again: within [`RESOLVE_PATIENCE`] of the first loss, in doubt
+    /// for as long as it takes, within [`LAST_ASK`] if the operator insists. Then
     /// [`Input::Reconnected`], [`Input::Gone`] or [`Input::Timeout`].
     Reconnect,
+    /// Tell the operator why it is not known where the guest is. It is asked on.
+    Doubt(Error),
     /// Let the machine go on here.
     Resume,
     /// The machine is the other side's for good.
@@ -129,16 +137,39 @@ pub struct Source {
     channels: u16,
     stopped: bool,
     losses: u32,
+    /// The destination could not be asked in time, and the operator knows.
+    doubt: bool,
+    /// The operator wants the guest here unless the destination says at once that it has it.
+    insisted: bool,
 }
 
-/// Losses of the control connection after go that are borne before giving up.
+const GOING_DOUBT: &str = "the connection was lost at the hand-over and the destination does not \
+    say whether the guest runs there. The guest stays paused here. Only if it does not run there, \
+    let it go on here with cont";
+const RELEASING_DOUBT: &str = "the guest was handed over, but the destination did not confirm that \
+    it lets the guest's output out, and does not answer. The guest never runs here again by \
+    itself; look at the destination. Only if it certainly does not run there, let it go on here, \
+    from where it was stopped, with cont";
+
+/// Losses of the control connection after go that are borne before it is in doubt.
 const MAX_LOSSES: u32 = 16;
+/// The same once the operator insists.
+const LAST_LOSSES: u32 = 3;
 
 impl Source {
     /// A session that will send `preamble` and use `channels` RAM connections.
     pub fn new(session: SessionId, preamble: Preamble, channels: u16) -> Self {
         let preamble = Some(preamble);
-        Self { state: State::Start, session, preamble, channels, stopped: false, losses: 0 }
+        Self {
+            state: State::Start,
+            session,
+            preamble,
+            channels,
+            stopped: false,
+            losses: 0,
+            doubt: false,
+            insisted: false,
+        }
     }
 
     /// How long this state may last before [`Input::Timeout`] is due.
@@ -147,9 +178,20 @@ impl Source {
             State::Hello | State::Ram => Some(HELLO_PATIENCE),
             State::Preamble => Some(PREPARE_PATIENCE),
             State::Final { .. } => Some(STOPPED_PATIENCE),
+            State::Going(Link::Asking) | State::Releasing(Link::Asking) if self.insisted => {
+                Some(LAST_ASK)
+            }
+            State::Going(Link::Asking) | State::Releasing(Link::Asking) if self.doubt => {
+                Some(ASK_AGAIN)
+            }
             State::Going(_) | State::Releasing(_) => Some(RESOLVE_PATIENCE),
             _ => None,
         }
+    }
+
+    /// Whether it is not known where the guest is, though it is still asked.
+    pub fn in_doubt(&self) -> bool {
+        self.doubt && !self.ended()
     }
 
     /// Whether go was sent: from then on it cannot be cancelled.
@@ -160,6 +202,11 @@ impl Source {
     /// Whether it is over.
     pub fn ended(&self) -> bool {
         self.state == State::Ended
+    }
+
+    /// Whether the operator wants the guest here.
+    pub fn is_insisted(&self) -> bool {
+        self.insisted
     }
 
     /// Takes in what happened; says what to do.
@@ -306,10 +353,18 @@ impl Source {
                 self.state = State::Releasing(Link::Up);
                 vec![Output::HandOver, Output::Send(Msg::Release)]
             }
+            // The operator there has let it go, as only one may whose source is in doubt.
+            (Link::Asking, Input::Msg(Msg::Resolution(Resolution::Released))) => self.handed_over(),
             // A destination that aborts has discarded its machine: go changes nothing there.
             (Link::Up, Input::Msg(Msg::Failed(why) | Msg::Abort(why)))
             | (Link::Asking, Input::Msg(Msg::Resolution(Resolution::Failed(why)))) => {
                 self.take_back(Error::Peer(why))
+            }
+            (Link::Asking, Input::Msg(Msg::Resolution(Resolution::NotGone))) if self.insisted => {
+                let why = Error::Cancelled;
+                let mut out = vec![Output::Send(Msg::Abort(why.to_string()))];
+                out.extend(self.take_back(why));
+                out
             }
             (Link::Asking, Input::Msg(Msg::Resolution(Resolution::NotGone))) => {
                 self.state = State::Going(Link::Up);
@@ -323,20 +378,27 @@ impl Source {
                 self.state = State::Going(Link::Asking);
                 self.ask()
             }
-            (Link::Down, Input::Gone) => self.take_back(Error::Lost(
+            // In doubt its operator may have let the guest go before the process ended.
+            (Link::Down, Input::Gone) if !self.doubt => self.take_back(Error::Lost(
                 "the destination's process ended before the guest was handed over; the guest \
                  goes on here"
                     .into(),
             )),
-            (Link::Down | Link::Asking, Input::Timeout)
-            | (Link::Asking, Input::Msg(Msg::Resolution(_))) => self.unknown(
-                "the connection was lost at the hand-over and the destination cannot be asked \
-                 whether the guest runs there. The guest stays paused here. Only if it does not \
-                 run there, let it go on here with cont",
+            (Link::Down, Input::Gone) => self.unknown(
+                "the connection was lost at the hand-over, and the destination's process has \
+                 ended without an answer. The guest stays paused here. If nobody let it go on \
+                 there meanwhile, let it go on here with cont",
             ),
+            (Link::Asking, Input::Msg(Msg::Resolution(Resolution::Unknown))) => {
+                self.unknown(GOING_DOUBT)
+            }
+            (Link::Down | Link::Asking, Input::Timeout) => {
+                self.unanswered(State::Going(Link::Down), GOING_DOUBT)
+            }
+            (_, Input::Insist) => self.insist(link, State::Going(Link::Down)),
             (Link::Up, Input::Timeout)
             | (Link::Up | Link::Asking, Input::ControlLost(_) | Input::Msg(_)) => {
-                self.lost(State::Going(Link::Down))
+                self.lost(State::Going(Link::Down), GOING_DOUBT)
             }
             _ => vec![],
         }
@@ -346,8 +408,7 @@ impl Source {
         match (link, input) {
             (Link::Up, Input::Msg(Msg::Released))
             | (Link::Asking, Input::Msg(Msg::Resolution(Resolution::Released))) => {
-                self.state = State::Ended;
-                vec![Output::ForwardFrames, Output::Send(Msg::Bye), Output::End(Ok(()))]
+                self.handed_over()
             }
             (Link::Asking, Input::Msg(Msg::Resolution(Resolution::Running))) => {
                 self.state = State::Releasing(Link::Up);
@@ -363,19 +424,28 @@ impl Source {
                  here by itself, for it may have written to its disks there. If that is borne, \
                  let it go on here, from where it was stopped, with cont",
             ),
-            (Link::Down | Link::Asking, Input::Timeout)
-            | (Link::Asking, Input::Msg(Msg::Resolution(_))) => self.unknown(
-                "the guest was handed over, but the destination did not confirm that it lets \
-                 the guest's output out, and cannot be asked. It never runs here again by \
-                 itself; look at the destination. Only if it certainly does not run there, let \
-                 it go on here, from where it was stopped, with cont",
-            ),
+            (Link::Asking, Input::Msg(Msg::Resolution(Resolution::Unknown))) => {
+                self.unknown(RELEASING_DOUBT)
+            }
+            (Link::Down | Link::Asking, Input::Timeout) => {
+                self.unanswered(State::Releasing(Link::Down), RELEASING_DOUBT)
+            }
+            (_, Input::Insist) => self.insist(link, State::Releasing(Link::Down)),
             (Link::Up, Input::Timeout)
             | (Link::Up | Link::Asking, Input::ControlLost(_) | Input::Msg(_)) => {
-                self.lost(State::Releasing(Link::Down))
+                self.lost(State::Releasing(Link::Down), RELEASING_DOUBT)
             }
             _ => vec![],
         }
+    }
+
+    /// The guest runs there, and its output flows.
+    fn handed_over(&mut self) -> Vec<Output> {
+        self.state = State::Ended;
+        // Said again, for a doubt has kept the last word for the operator.
+        let mut out = if self.doubt { vec![Output::HandOver] } else { vec![] };
+        out.extend([Output::ForwardFrames, Output::Send(Msg::Bye), Output::End(Ok(()))]);
+        out
     }
 
     fn ask(&self) -> Vec<Output> {
@@ -383,14 +453,41 @@ impl Source {
     }
 
     /// The control connection is of no use any more: a new one.
-    fn lost(&mut self, down: State) -> Vec<Output> {
+    fn lost(&mut self, down: State, doubt: &str) -> Vec<Output> {
         self.losses += 1;
         if self.losses > MAX_LOSSES {
-            return self.unknown(
-                "the connection was lost again and again at the hand-over; whether the guest \
-                 runs at the destination is not known. The guest stays paused here. Only if it \
-                 does not run there, let it go on here with cont",
-            );
+            return self.unanswered(down, doubt);
+        }
+        self.state = down;
+        vec![Output::Reconnect]
+    }
+
+    /// No answer can be had for now. One that is asked for longer than an operator waits is in
+    /// doubt, but asked on: it may only be stopped, or out of reach for a while.
+    fn unanswered(&mut self, down: State, doubt: &str) -> Vec<Output> {
+        if self.insisted {
+            return self.unknown(doubt);
+        }
+        self.state = down;
+        self.losses = 0;
+        let mut out = vec![Output::Reconnect];
+        if !self.doubt {
+            self.doubt = true;
+            out.insert(0, Output::Doubt(Error::Unknown(doubt.into())));
+        }
+        out
+    }
+
+    /// The operator wants the guest here: the destination is asked once more, on a new connection
+    /// unless it has just answered on this one.
+    fn insist(&mut self, link: Link, down: State) -> Vec<Output> {
+        if !self.doubt || self.insisted {
+            return vec![];
+        }
+        self.insisted = true;
+        self.losses = MAX_LOSSES - LAST_LOSSES;
+        if link == Link::Up {
+            return vec![];
         }
         self.state = down;
         vec![Output::Reconnect]

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use state::{Section, Sections};
 
 use super::{Dest, Source, dest, source};
-use crate::wire::{Msg, Role};
+use crate::wire::{Msg, Resolution, Role};
 use crate::{Error, Preamble};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,9 +33,16 @@ enum Fault {
     DestCancel,
     /// The destination's patience runs out, however early: the two sides' clocks are their own.
     DestTimeout,
+    /// No new connection can be made from now on, or can be again.
+    Unreachable,
+    Reachable,
+    /// The source's operator says cont.
+    Insist,
+    /// The destination's operator says cont, after the source said that it is in doubt.
+    DestRelease,
 }
 
-const FAULTS: [Fault; 9] = [
+const FAULTS: [Fault; 13] = [
     Fault::Cut,
     Fault::CutAfterToDst,
     Fault::CutAfterToSrc,
@@ -45,6 +52,10 @@ const FAULTS: [Fault; 9] = [
     Fault::Cancel,
     Fault::DestCancel,
     Fault::DestTimeout,
+    Fault::Unreachable,
+    Fault::Reachable,
+    Fault::Insist,
+    Fault::DestRelease,
 ];
 
 /// What cannot be done, all the time.
@@ -88,6 +99,10 @@ struct World {
     handed_over: bool,
     rounds: u64,
     src_end: Option<crate::Result<()>>,
+    src_doubt: Option<Error>,
+    insisted: bool,
+    /// The source's driver is inside of connecting again.
+    connecting: bool,
     dst_end: Option<crate::Result<()>>,
     stranded: bool,
     resume_failed: bool,
@@ -126,6 +141,9 @@ impl World {
             handed_over: false,
             rounds: 0,
             src_end: None,
+            src_doubt: None,
+            insisted: false,
+            connecting: false,
             dst_end: None,
             stranded: false,
             resume_failed: false,
@@ -174,6 +192,10 @@ impl World {
             return;
         }
         match m {
+            // As its driver answers for one who cannot have been told go.
+            Msg::Hello(h) if h.role == Role::Resolve && !self.dst.may_be_asked() => {
+                self.to_src.push_back(Msg::Resolution(Resolution::Unknown));
+            }
             Msg::Hello(h) if h.role == Role::Resolve => {
                 // The driver replaces the link: what the old one still had to say is dropped.
                 self.dst_in.retain(|i| !matches!(i, dest::Input::ControlLost(_)));
@@ -236,14 +258,8 @@ impl World {
                 self.to_dst.clear();
                 self.to_src.clear();
                 self.connected = false;
-                if self.broken.unreachable {
-                    Input::Timeout
-                } else if self.alive && !self.closed {
-                    self.connected = true;
-                    Input::Reconnected
-                } else {
-                    Input::Gone
-                }
+                self.connecting = true;
+                return self.connect();
             }
             Output::Resume => {
                 assert!(!self.handed_over, "the source resumes after it handed over");
@@ -259,11 +275,40 @@ impl World {
                 self.handed_over = true;
                 return;
             }
+            Output::Doubt(why) => {
+                assert!(self.src_doubt.is_none() && !self.s.running);
+                self.src_doubt = Some(why);
+                return;
+            }
             Output::End(r) => {
                 assert!(self.src_end.is_none());
                 self.src_end = Some(r);
                 return;
             }
+        };
+        self.src_in.push_back(input);
+    }
+
+    /// What becomes of connecting again. In doubt it ends with the way back, or when the operator
+    /// insists.
+    fn connect(&mut self) {
+        use source::Input;
+        if !std::mem::take(&mut self.connecting) {
+            return;
+        }
+        let asks = self.src.in_doubt() && !self.src.is_insisted();
+        let input = match () {
+            () if asks && self.insisted => Input::Insist,
+            () if asks && self.broken.unreachable => {
+                self.connecting = true;
+                return;
+            }
+            () if self.broken.unreachable => Input::Timeout,
+            () if self.alive && !self.closed => {
+                self.connected = true;
+                Input::Reconnected
+            }
+            () => Input::Gone,
         };
         self.src_in.push_back(input);
     }
@@ -393,6 +438,30 @@ impl World {
                 }
                 return;
             }
+            Fault::Unreachable => {
+                self.broken.unreachable = true;
+                return;
+            }
+            Fault::Reachable => {
+                self.broken.unreachable = false;
+                return self.connect();
+            }
+            Fault::Insist => {
+                if !self.src.in_doubt() {
+                    return;
+                }
+                self.insisted = true;
+                if !self.connecting {
+                    return self.src_in.push_back(source::Input::Insist);
+                }
+                return self.connect();
+            }
+            Fault::DestRelease => {
+                if self.src_doubt.is_some() {
+                    self.dst_step(dest::Input::ForceRelease);
+                }
+                return;
+            }
         }
         self.connected = false;
         self.src_in.push_back(source::Input::ControlLost(gone()));
@@ -408,14 +477,15 @@ impl World {
             if self.tick(pick()) {
                 continue;
             }
-            let src = self.src.patience().is_some() && !self.src.ended();
+            // In doubt it asks for ever: at rest while there is no way.
+            let src = self.src.patience().is_some() && !self.src.ended() && !self.connecting;
             let dst = self.dst.patience().is_some() && self.alive;
             let dst_over = self.dst_end.is_some() || !self.alive || self.stranded;
             if src {
                 self.src_step(source::Input::Timeout);
             } else if dst && !dst_over {
                 self.dst_step(dest::Input::Timeout);
-            } else if !self.src.ended() && self.src_in.is_empty() {
+            } else if !self.src.ended() && self.src_in.is_empty() && !self.connecting {
                 // A round has no time-out: a dead peer shows as a lost connection.
                 self.src_step(source::Input::ControlLost(Error::Lost("dead".into())));
             } else if self.dst_end.is_none() && self.alive && !self.stranded {
@@ -440,11 +510,13 @@ impl World {
         self.check();
         let src = self.s.running && self.s.output;
         let dst = self.d.running && self.d.output;
-        let end = self.src_end.as_ref().expect("the source knows how it ended");
+        let doubt = self.src_doubt.clone().map(Err);
+        let end = self.src_end.clone().or(doubt).expect("the source knows how it ended");
+        let unknown = matches!(end, Err(Error::Unknown(_)));
         if !src && !dst {
             // Nobody runs: only if it is said so, or the destination died with a guest that it
             // had been given.
-            let said = matches!(end, Err(Error::Unknown(_))) || self.resume_failed;
+            let said = unknown || self.resume_failed;
             let died_with_it = !self.alive && self.ever_visible_at_dst;
             assert!(said || died_with_it, "the guest is lost and nobody says so: {end:?}");
         }
@@ -452,12 +524,14 @@ impl World {
             assert!(end.is_err() && !self.ever_visible_at_dst);
         }
         if dst {
-            assert!(!src && (end.is_ok() || matches!(end, Err(Error::Unknown(_)))), "{end:?}");
+            assert!(!src && (end.is_ok() || unknown), "{end:?}");
         }
-        if self.alive && !self.broken.unreachable {
-            let reported = matches!(end, Err(Error::Unknown(_)));
-            assert!(!reported, "it could have been asked: {end:?}");
-            assert!(src ^ dst, "not exactly one: {end:?}");
+        if self.alive && !self.broken.unreachable && !self.insisted {
+            assert!(!self.src.in_doubt(), "it does not ask any more");
+            // A destination that gave up during the doubt may be gone before it is asked.
+            let gone = self.closed && self.src_doubt.is_some();
+            assert!(!unknown || gone, "it could have been asked: {end:?}");
+            assert!(src ^ dst || gone, "not exactly one: {end:?}");
         }
     }
 }
@@ -586,6 +660,52 @@ fn cancel_before_go_leaves_the_guest_running_and_after_it_changes_nothing() {
 }
 
 #[test]
+fn a_doubt_ends_when_the_destination_can_be_asked_again() {
+    let (mut there, mut here) = (0, 0);
+    for at in 0..length(0) {
+        let broken = Broken { unreachable: true, ..Broken::default() };
+        let mut w = run(broken, &[(at, Fault::Cut)], 0);
+        if w.src_doubt.is_none() {
+            continue;
+        }
+        assert!(w.src.in_doubt() && !w.s.running);
+        w.fault(Fault::Reachable);
+        w.settle(|| 0);
+        w.check_end();
+        there += u32::from(w.d.output);
+        here += u32::from(w.s.running);
+        assert!(w.d.output || w.s.running || w.closed);
+    }
+    assert!(there > 1, "{there} {here}");
+}
+
+#[test]
+fn who_insists_hears_from_a_destination_that_can_be_asked_and_is_free_otherwise() {
+    let mut seen = [0; 2];
+    for at in 0..length(0) {
+        for back in [false, true] {
+            let broken = Broken { unreachable: true, ..Broken::default() };
+            let mut w = run(broken, &[(at, Fault::Cut)], 0);
+            if w.src_doubt.is_none() {
+                continue;
+            }
+            // Back, but its driver has not noticed yet.
+            w.broken.unreachable = !back;
+            w.fault(Fault::Insist);
+            w.settle(|| 0);
+            w.check_end();
+            seen[usize::from(back)] += 1;
+            match w.src_end.unwrap() {
+                Ok(()) => assert!(back && w.d.output),
+                Err(Error::Unknown(_)) => assert!(!back || w.closed),
+                Err(e) => assert!(back && w.s.running, "{e}"),
+            }
+        }
+    }
+    assert!(seen[0] > 1 && seen[1] > 1, "{seen:?}");
+}
+
+#[test]
 fn a_destination_whose_source_never_comes_back_stays_held_and_says_so() {
     let mut seen = 0;
     for at in 0..length(0) {
@@ -594,7 +714,7 @@ fn a_destination_whose_source_never_comes_back_stays_held_and_says_so() {
         if w.stranded {
             seen += 1;
             assert!(w.d.running && !w.d.output && !w.s.running);
-            assert!(matches!(w.src_end, Some(Err(Error::Unknown(_)))));
+            assert!(matches!(w.src_doubt, Some(Error::Unknown(_))) && w.src.in_doubt());
         }
     }
     assert!(seen > 0);
