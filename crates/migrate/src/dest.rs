@@ -56,7 +56,8 @@ struct Inner {
     stats: Stats,
     receiver: Mutex<Option<Arc<Receiver>>>,
     status: Mutex<Status>,
-    held: AtomicBool,
+    /// Nobody but the operator releases the guest that runs held.
+    stranded: AtomicBool,
     closed: AtomicBool,
     /// The socket file, if there is one and it was not taken away yet.
     file: Mutex<Option<PathBuf>>,
@@ -124,11 +125,11 @@ impl Incoming {
     }
 
     /// The operator's decision for a guest that runs here with its output held and whose source
-    /// cannot be reached: release it. Only right when the guest does not run at the source. Tells
-    /// whether there is anything to release.
+    /// was not heard for [`session::ASKED_PATIENCE`]: release it. Only right when the guest does
+    /// not run at the source. Tells whether there is anything to release.
     pub fn force_release(&self) -> bool {
-        let held = self.0.held.load(Ordering::Acquire);
-        held && self.0.queue.lock().send(Event::ForceRelease).is_ok()
+        let stranded = self.0.stranded.load(Ordering::Acquire);
+        stranded && self.0.queue.lock().send(Event::ForceRelease).is_ok()
     }
 
     /// The process ends. If no source came, nobody is told anything by the socket file.
@@ -136,11 +137,6 @@ impl Incoming {
         if self.status() == Status::Setup {
             self.0.remove_file();
         }
-    }
-
-    /// Whether the guest runs here with its output held, waiting for the source's release.
-    pub fn is_held(&self) -> bool {
-        self.0.held.load(Ordering::Acquire)
     }
 
     /// Waits for the end.
@@ -175,7 +171,7 @@ pub fn listen(
         stats,
         receiver: Mutex::new(None),
         status: Mutex::new(Status::None),
-        held: AtomicBool::new(false),
+        stranded: AtomicBool::new(false),
         closed: AtomicBool::new(false),
         file: Mutex::new(file),
         queue: Mutex::new(tx.clone()),
@@ -371,6 +367,7 @@ impl Driver {
             Role::Ram(n) if known => self.ram(usize::from(n), channel),
             Role::Resolve if known && self.session.may_be_asked() => {
                 self.use_control(channel);
+                self.inner.stranded.store(false, Ordering::Release);
                 self.step(Input::Resolve);
             }
             Role::Resolve => answer(&channel, &Msg::Resolution(Resolution::Unknown)),
@@ -460,11 +457,10 @@ impl Driver {
             Output::RunHeld => {
                 let go = self.go.unwrap_or_else(Instant::now);
                 let started = endpoint.run_held().map(|()| micros(go.elapsed()));
-                self.inner.held.store(started.is_ok(), Ordering::Release);
                 Some(Input::Started(started))
             }
             Output::ReleaseOutput => {
-                self.inner.held.store(false, Ordering::Release);
+                self.inner.stranded.store(false, Ordering::Release);
                 endpoint.release_output();
                 None
             }
@@ -485,6 +481,7 @@ impl Driver {
                            release it cannot be heard. If it does not run at the source, let it \
                            go on here with cont";
                 tracing::error!("{why}");
+                self.inner.stranded.store(true, Ordering::Release);
                 self.inner.stats.slow.lock().error = Some(why.into());
                 None
             }

@@ -131,13 +131,6 @@ fn a_destination_that_wakes_up_takes_the_guest_after_all() {
         [(Point::Before(kind::GO), "paused"), (Point::Before(kind::RELEASE), "postmigrate")]
     {
         let mut source = place.source(&[]);
-        source
-            .qmp
-            .execute(
-                "migrate-set-capabilities",
-                json!({"capabilities": [{"capability": "events", "state": true}]}),
-            )
-            .unwrap();
         let (mut to, proxy) = place.struck(point, "-STOP");
         let info = migrate(&mut source, &proxy);
         let why = info["error-desc"].as_str().unwrap();

@@ -93,7 +93,8 @@ pub enum Output {
     ReleaseLocks,
     /// Connect the control channel again: within [`RESOLVE_PATIENCE`] of the first loss, in doubt
     /// for as long as it takes, within [`LAST_ASK`] if the operator insists. Then
-    /// [`Input::Reconnected`], [`Input::Gone`] or [`Input::Timeout`].
+    /// [`Input::Reconnected`], [`Input::Gone`] or [`Input::Timeout`]; in doubt [`Input::Insist`]
+    /// may end it.
     Reconnect,
     /// Tell the operator why it is not known where the guest is. It is asked on.
     Doubt(Error),
